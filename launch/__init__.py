@@ -1,0 +1,1 @@
+"""Launchers (torchrun, DeepSpeed) and the packaged configs."""

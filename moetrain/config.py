@@ -1,0 +1,544 @@
+"""The configuration of an experiment: typed sections, read from YAML, checked before anything runs.
+
+A key in a YAML file is the path of a field below: ``train.steps`` is :attr:`TrainConfig.steps`. Unknown keys, wrong
+types and impossible values raise :class:`~moetrain.errors.ConfigError` with one line that names the key, the value
+and the rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from moetrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and on what it runs."""
+
+    dir: str = "runs/default"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, loss.png."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: one GPU for each process where there are GPUs, the CPU elsewhere."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run with an error."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder. Wide enough for Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE."""
+
+    vocab_size: int = 320
+    dim: int = 256
+    """D, the width of the residual stream."""
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    """Grouped-query attention: heads of keys and values; default n_heads."""
+    head_dim: int | None = None
+    """Width of a head; default dim / n_heads."""
+    ffn_dim: int = 1024
+    """Width of the dense feed-forward layers."""
+    num_experts: int = 8
+    """E, experts in an MoE layer; 0 makes a dense model."""
+    expert_dim: int = 256
+    """I, width of an expert."""
+    first_dense_layers: int = 0
+    """The first k layers have a dense feed-forward network."""
+    moe_every: int = 1
+    """Of the others, every n-th layer is an MoE layer: those whose (1-based) number is a multiple of n."""
+    shared_dim: int = 0
+    """Width of the shared expert that sees every token; 0: none."""
+    shared_gate: bool = False
+    """Scale the shared expert's output by sigmoid(x·w) (Qwen2-MoE)."""
+    activation: Literal["swiglu", "geglu", "reglu"] = "swiglu"
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys: over each head (Qwen3) or over all heads at once (OLMoE)."""
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer with this 0-based index has experts."""
+        return self.num_experts > 0 and layer >= self.first_dense_layers and (layer + 1) % self.moe_every == 0
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts."""
+
+    top_k: int = 2
+    score: Literal["softmax", "softmax_after_topk", "sigmoid"] = "softmax"
+    """softmax over all experts before the choice, over the chosen ones after it (Mixtral), or sigmoid (DeepSeek-V3)."""
+    normalize: bool = False
+    """Divide the chosen weights by their sum."""
+    scale: float = 1.0
+    """Factor on the weights (DeepSeek's routed_scaling_factor)."""
+    groups: int = 1
+    """Group-limited choice: experts form this many groups of neighbours …"""
+    top_groups: int = 1
+    """… of which a token may use the best so many."""
+    balance_weight: float = 0.01
+    """Weight of the load-balance loss; 0: off."""
+    balance_scope: Literal["sequence", "rank", "global"] = "global"
+    """Tokens over which balance is asked for: each sequence, each micro-batch of a rank, or the global batch."""
+    z_weight: float = 0.001
+    """Weight of the router z-loss; 0: off."""
+    bias_update_rate: float = 0.0
+    """Auxiliary-loss-free balancing (DeepSeek-V3): step of the selection bias after each optimiser step; 0: off."""
+    capacity_factor: float | None = None
+    """An expert takes at most factor · T · K / E of the T tokens of a rank's micro-batch; null: dropless."""
+    drop_policy: Literal["weight", "position"] = "weight"
+    """Whom a full expert refuses: the pairs of lowest weight, or the last ones in the batch."""
+    jitter: float = 0.0
+    """Training only: multiply the router's input by uniform noise in [1 − jitter, 1 + jitter]."""
+    force_balance: bool = False
+    """Debugging and benchmarks: ignore the scores' order and spread the tokens evenly."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    path: str = "stdlib"
+    """`stdlib` (the sources of the running Python's standard library) or a folder made by `moetrain data build`."""
+    cache_dir: str = "~/.cache/moetrain"
+    """Where `stdlib` is built at first use."""
+    seq_len: int = 512
+    """Tokens in a packed sequence."""
+    mask_documents: bool = False
+    """A token attends only to its own document."""
+    prefetch: int = 2
+    """Micro-batches prepared ahead by a background thread."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointingConfig:
+    """Activations to recompute in the backward pass instead of keeping them."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """full: whole layers; selective: attention and the experts, each from its own input, so that neither routing nor
+    a collective runs twice."""
+    every: int = 1
+    """Only every n-th layer."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A torch.profiler trace of a few steps, written to the run folder."""
+
+    start: int = 10
+    """First step (1-based) that is recorded."""
+    steps: int = 0
+    """Steps to record; 0: no trace."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    seed: int = 0
+    tokens_per_step: int = 16_384
+    """Tokens of the global batch: all ranks, all accumulation steps. Independent of the number of GPUs."""
+    micro_batch: int = 1
+    """Sequences of one forward pass on one rank; the rest of a step is gradient accumulation."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the layers: auto is bfloat16 on a GPU and float32 on a CPU. Norm statistics, router and loss are
+    always float32."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights, gradients and Adam moments."""
+    compile: bool = False
+    """torch.compile the dense parts of every layer."""
+    max_bad_steps: int = 5
+    """A step with a NaN or Inf gradient is skipped; so many in a row stop the run."""
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: list[str] = field(default_factory=lambda: ["norm", "bias", "router"])
+    """Parameters whose name contains one of these are not decayed."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm, over dense and expert parameters alike; 0: no clipping."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine or straight to the floor, or stable and then a linear decay (WSD)."""
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    """wsd: length of the final decay."""
+    min_lr_ratio: float = 0.1
+    """The floor, as a fraction of lr."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work: world = dp × tp, and experts spread over ep consecutive ranks."""
+
+    dp: int | None = None
+    """Data-parallel ranks; default world / tp."""
+    tp: int = 1
+    ep: int = 1
+    engine: Literal["torch"] = "torch"
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation computes."""
+
+    experts: Literal["auto", "torch", "reference"] = "auto"
+    """torch: grouped matrix products; reference: a loop over the experts; auto: torch where it is fast."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep and where to start."""
+
+    every: int = 500
+    """Steps between checkpoints; 0: only at the end. The last step is always saved."""
+    keep_last: int = 2
+    keep_every: int = 0
+    """Steps divisible by this are never deleted; 0: none."""
+    resume: str = "auto"
+    """auto: from the newest checkpoint of the run folder, if any; never: the run folder must be new; or the path of a
+    checkpoint."""
+    asynchronous: bool = True
+    """Write in the background, from a copy in host memory."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The held-out score."""
+
+    every: int = 500
+    """Steps between evaluations; 0: only at the end."""
+    tokens: int = 262_144
+    """Held-out tokens read each time (at most; rounded down to whole sequences)."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is reported, and where."""
+
+    every: int = 10
+    """Steps between two reports."""
+    console: Literal["auto", "rich", "plain", "none"] = "auto"
+    """auto: rich on a terminal, plain lines elsewhere."""
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    peak_tflops: float | None = None
+    """Dense peak of one device that MFU divides by; default: the datasheet's, N/A on unknown hardware."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def accumulation_steps(self, dp: int) -> int:
+        """Micro-batches of one rank in one step."""
+        return self.train.tokens_per_step // (self.data.seq_len * self.train.micro_batch * dp)
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name → file of the configs that come with moetrain."""
+    folder = Path(str(resources.files("moetrain") / "launch" / "configs"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that CONFIG on the command line means: a path, or the name of a packaged config."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = packaged_configs()
+    if name in packaged:
+        return packaged[name]
+    raise ConfigError(f"config {name!r}: no such file, and no packaged config (there are: {', '.join(packaged)})")
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or a packaged config by name) and apply `key=value` overrides.
+
+    Checks keys, types and every rule that needs no knowledge of the machine; :func:`check_world` checks the rest.
+    Without a `run.dir` the run folder is ``runs/<name of the file>``.
+    """
+    file = find_config(name)
+    try:
+        text = file.read_text(encoding="utf-8")
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    if parsed is None:
+        parsed = {}
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{file}: expected sections (model:, train:, …), found a {type(parsed).__name__}")
+    merged = OmegaConf.merge(OmegaConf.structured(Config), {"run": {"dir": f"runs/{file.stem}"}})
+    merged = _merge(merged, parsed, str(file))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, as in train.steps=100")
+        try:
+            dotlist = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"override {override!r}: {_first_line(error)}") from None
+        merged = _merge(merged, dotlist, f"override {override!r}")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {_key(error)}{_first_line(error)}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def _merge(base: Any, update: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except ConfigKeyError as error:
+        known = getattr(error.parent_node, "_content", None)
+        choices = f" (there are: {', '.join(map(str, known))})" if isinstance(known, dict) else ""
+        raise ConfigError(f"{where}: {error.full_key}: unknown key{choices}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_key(error)}{_first_line(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from None
+
+
+def _key(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    return f"{key}: " if key else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value}: {rule}")
+
+
+def check(config: Config) -> None:
+    """Every rule between the values of a config that holds on any machine; raises ConfigError at the first broken."""
+    model, router, data, train = config.model, config.router, config.data, config.train
+    optim, parallel = config.optim, config.parallel
+
+    for key, value in {
+        "model.vocab_size": model.vocab_size,
+        "model.dim": model.dim,
+        "model.n_layers": model.n_layers,
+        "model.n_heads": model.n_heads,
+        "model.n_kv_heads": model.kv_heads,
+        "model.ffn_dim": model.ffn_dim,
+        "model.moe_every": model.moe_every,
+        "model.expert_dim": model.expert_dim,
+        "model.rope_theta": model.rope_theta,
+        "model.norm_eps": model.norm_eps,
+        "model.init_std": model.init_std,
+        "router.top_k": router.top_k,
+        "router.groups": router.groups,
+        "router.top_groups": router.top_groups,
+        "router.scale": router.scale,
+        "data.seq_len": data.seq_len,
+        "data.prefetch": data.prefetch,
+        "train.steps": train.steps,
+        "train.tokens_per_step": train.tokens_per_step,
+        "train.micro_batch": train.micro_batch,
+        "train.max_bad_steps": train.max_bad_steps,
+        "train.activation_checkpointing.every": train.activation_checkpointing.every,
+        "train.profile.start": train.profile.start,
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+        "parallel.tp": parallel.tp,
+        "parallel.ep": parallel.ep,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "metrics.every": config.metrics.every,
+        "run.timeout_minutes": config.run.timeout_minutes,
+    }.items():
+        _require(value > 0, key, value, "must be positive")
+    for key, value in {
+        "model.num_experts": model.num_experts,
+        "model.first_dense_layers": model.first_dense_layers,
+        "model.shared_dim": model.shared_dim,
+        "router.balance_weight": router.balance_weight,
+        "router.z_weight": router.z_weight,
+        "router.bias_update_rate": router.bias_update_rate,
+        "train.seed": train.seed,
+        "train.profile.steps": train.profile.steps,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.clip_norm": optim.clip_norm,
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.decay_steps": optim.decay_steps,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "eval.every": config.eval.every,
+    }.items():
+        _require(value >= 0, key, value, "must not be negative")
+
+    if model.head_dim is None:
+        _require(
+            model.dim % model.n_heads == 0,
+            "model.n_heads",
+            model.n_heads,
+            f"must divide model.dim = {model.dim}, or set model.head_dim",
+        )
+    _require(model.head_width > 0 and model.head_width % 2 == 0, "model.head_dim", model.head_width, "must be even")
+    _require(
+        model.n_heads % model.kv_heads == 0,
+        "model.n_kv_heads",
+        model.kv_heads,
+        f"must divide model.n_heads = {model.n_heads}",
+    )
+    _require(
+        not model.shared_gate or model.shared_dim > 0,
+        "model.shared_gate",
+        model.shared_gate,
+        "there is no shared expert to gate: set model.shared_dim",
+    )
+
+    if model.num_experts:
+        experts = model.num_experts
+        _require(
+            router.top_k <= experts, "router.top_k", router.top_k, f"must be at most model.num_experts = {experts}"
+        )
+        _require(
+            experts % router.groups == 0, "router.groups", router.groups, f"must divide model.num_experts = {experts}"
+        )
+        _require(
+            router.top_groups <= router.groups,
+            "router.top_groups",
+            router.top_groups,
+            f"must be at most router.groups = {router.groups}",
+        )
+        reachable = experts // router.groups * router.top_groups
+        _require(
+            router.top_k <= reachable,
+            "router.top_k",
+            router.top_k,
+            f"router.top_groups = {router.top_groups} groups hold only {reachable} experts",
+        )
+        _require(
+            not (router.score == "softmax_after_topk" and router.bias_update_rate > 0),
+            "router.bias_update_rate",
+            router.bias_update_rate,
+            "the selection bias needs router.score softmax or sigmoid",
+        )
+        _require(
+            any(model.is_moe_layer(layer) for layer in range(model.n_layers)),
+            "model.num_experts",
+            experts,
+            "no layer is an MoE layer: see model.first_dense_layers, model.moe_every and model.n_layers",
+        )
+        _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, f"must divide model.num_experts = {experts}")
+    else:
+        _require(parallel.ep == 1, "parallel.ep", parallel.ep, "a dense model (model.num_experts = 0) has no experts")
+    if router.capacity_factor is not None:
+        _require(router.capacity_factor > 0, "router.capacity_factor", router.capacity_factor, "must be positive")
+    _require(0 <= router.jitter < 1, "router.jitter", router.jitter, "must be in [0, 1)")
+
+    _require(
+        train.tokens_per_step % (data.seq_len * train.micro_batch) == 0,
+        "train.tokens_per_step",
+        train.tokens_per_step,
+        f"must be a multiple of data.seq_len × train.micro_batch = {data.seq_len} × {train.micro_batch}",
+    )
+    _require(
+        config.eval.tokens >= data.seq_len,
+        "eval.tokens",
+        config.eval.tokens,
+        f"must hold at least one sequence of data.seq_len = {data.seq_len}",
+    )
+    for index, beta in enumerate(optim.betas):
+        _require(0 <= beta < 1, f"optim.betas[{index}]", beta, "must be in [0, 1)")
+    _require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", optim.min_lr_ratio, "must be in [0, 1]")
+    if optim.schedule == "wsd":
+        _require(
+            optim.warmup_steps + optim.decay_steps <= train.steps,
+            "optim.decay_steps",
+            optim.decay_steps,
+            f"warm-up and decay must fit into train.steps = {train.steps}",
+        )
+    else:
+        _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
+    _require(parallel.tp == 1, "parallel.tp", parallel.tp, "tensor parallelism is not available yet; use 1")
+    if parallel.dp is not None:
+        _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
+    if config.metrics.peak_tflops is not None:
+        _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
+    _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """The rules that depend on the number of ranks; raises ConfigError."""
+    parallel = config.parallel
+    _require(world_size % parallel.tp == 0, "parallel.tp", parallel.tp, f"must divide the world size of {world_size}")
+    dp = world_size // parallel.tp
+    _require(
+        parallel.dp in (None, dp),
+        "parallel.dp",
+        parallel.dp,
+        f"dp × tp must be the world size: {world_size} ranks with tp = {parallel.tp} make dp = {dp}",
+    )
+    _require(world_size % parallel.ep == 0, "parallel.ep", parallel.ep, f"must divide the world size of {world_size}")
+    batch = config.data.seq_len * config.train.micro_batch * dp
+    _require(
+        config.train.tokens_per_step % batch == 0,
+        "train.tokens_per_step",
+        config.train.tokens_per_step,
+        "must be a multiple of data.seq_len × train.micro_batch × dp = "
+        f"{config.data.seq_len} × {config.train.micro_batch} × {dp}",
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; :func:`load_config` reads it back to an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_hash(config: Config) -> str:
+    """Short SHA-256 of what a checkpoint's contents depend on: model, router and optimiser state layout."""
+    relevant = {"model": asdict(config.model), "router": asdict(config.router), "data": config.data.path}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,21 @@
+"""Errors that are addressed to the user: one line that says what, where and what to do."""
+
+
+class UserError(Exception):
+    """A mistake outside the program (configuration, data, files): shown as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run. The message names the key, the value and the rule."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Training data that is missing, damaged or of the wrong kind. The message names the file."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or belongs to another model. The message names the path."""

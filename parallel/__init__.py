@@ -1,0 +1,1 @@
+"""Device mesh, token dispatch and launch-time process groups."""

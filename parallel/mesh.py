@@ -1,0 +1,130 @@
+"""The ranks of a run and the process groups they form.
+
+world = dp × tp. Experts spread over ``ep`` consecutive ranks; the ``edp = world / ep`` ranks that hold the same
+experts reduce expert gradients among themselves. With ep = 2 and four ranks::
+
+    rank           0  1  2  3
+    ep groups     [0  1][2  3]     tokens travel here
+    edp groups    [0, 2] [1, 3]    expert gradients are summed here
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among the others.
+
+    Groups whose name says ``host`` run over gloo on CPU tensors: `host_group` carries control messages (signals,
+    agreement on errors), `checkpoint_group` belongs to the thread that writes checkpoints, because collectives of two
+    threads must not share a group.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    dp: int
+    tp: int
+    ep: int
+    device: torch.device
+    experts: DeviceMesh
+    """Two dimensions, "edp" and "ep"."""
+    host_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep
+
+    @property
+    def edp(self) -> int:
+        return self.world_size // self.ep
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup:
+        return self.experts.get_group("ep")
+
+    @property
+    def edp_group(self) -> dist.ProcessGroup:
+        return self.experts.get_group("edp")
+
+
+def environment_world_size() -> int:
+    """World size that the launcher announced in WORLD_SIZE; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minutes: float = 10.0) -> Mesh:
+    """Join the process group that the launcher describes in the environment (a group of one without a launcher).
+
+    `device`: "auto" takes GPU `LOCAL_RANK` where CUDA is available and the CPU elsewhere. Raises ValueError if tp or
+    ep does not divide the world size, or if a GPU is asked for and there is none for this rank.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = environment_world_size()
+    if world_size % tp or world_size % ep:
+        raise ValueError(f"tp = {tp} and ep = {ep} must divide the world size of {world_size}")
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start fewer processes"
+            )
+        target = torch.device("cuda", local_rank)
+        torch.cuda.set_device(target)
+    else:
+        target = torch.device("cpu")
+
+    timeout = timedelta(minutes=timeout_minutes)
+    launched = "MASTER_ADDR" in os.environ
+    dist.init_process_group(
+        "nccl" if target.type == "cuda" else "gloo",
+        store=None if launched else dist.HashStore(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=target if target.type == "cuda" else None,
+    )
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        dp=world_size // tp,
+        tp=tp,
+        ep=ep,
+        device=target,
+        experts=DeviceMesh(
+            target.type,
+            torch.arange(world_size).view(world_size // ep, ep),
+            mesh_dim_names=("edp", "ep"),
+        ),
+        host_group=_host_group(timeout),
+        checkpoint_group=_host_group(timeout),
+    )
+
+
+def _host_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def destroy_mesh() -> None:
+    """Leave all process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Expert placement: traces, affinity, topology, solvers, bounds and evaluation; no model code."""
