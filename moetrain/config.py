@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from moetrain.errors import ConfigError
@@ -303,7 +304,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     file = find_config(name)
     try:
         text = file.read_text(encoding="utf-8")
-        parsed = yaml.safe_load(text)
+        parsed = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
@@ -314,8 +315,16 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         parsed = {}
     if not isinstance(parsed, dict):
         raise ConfigError(f"{file}: expected sections (model:, train:, …), found a {type(parsed).__name__}")
-    merged = OmegaConf.merge(OmegaConf.structured(Config), {"run": {"dir": f"runs/{file.stem}"}})
-    merged = _merge(merged, parsed, str(file))
+    defaults = {"run": {"dir": f"runs/{file.stem}"}}
+    return _resolve(_merge(OmegaConf.merge(OmegaConf.structured(Config), defaults), parsed, str(file)), overrides)
+
+
+def from_dict(values: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+    """A config from nested dictionaries (as a checkpoint's manifest holds one), checked like :func:`load_config`."""
+    return _resolve(_merge(OmegaConf.structured(Config), values, where), overrides)
+
+
+def _resolve(merged: Any, overrides: Sequence[str]) -> Config:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -328,23 +337,46 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {_key(error)}{_first_line(error)}") from None
+        raise ConfigError(f"{_key(error)}{_first_line(error)}") from None
     assert isinstance(config, Config)
     check(config)
     return config
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice; YAML's usual loader lets the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def _merge(base: Any, update: Any, where: str) -> Any:
     try:
-        return OmegaConf.merge(base, update)
+        update = OmegaConf.create(update)
+        missing = OmegaConf.missing_keys(update)
+        merged = OmegaConf.merge(base, update)
     except ConfigKeyError as error:
         known = getattr(error.parent_node, "_content", None)
         choices = f" (there are: {', '.join(map(str, known))})" if isinstance(known, dict) else ""
         raise ConfigError(f"{where}: {error.full_key}: unknown key{choices}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_key(error)}{_first_line(error)}") from None
+        raise ConfigError(f"{where}: {_key(error) or _failing_key(base, update)}{_first_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: contains itself") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from None
+    if missing:
+        raise ConfigError(f"{where}: {min(missing)}: has no value")
+    return merged
 
 
 def _key(error: OmegaConfBaseException) -> str:
@@ -352,8 +384,26 @@ def _key(error: OmegaConfBaseException) -> str:
     return f"{key}: " if key else ""
 
 
+def _failing_key(base: Any, update: Any, path: tuple[str, ...] = ()) -> str:
+    """The first value of `update` that does not merge by itself, for the errors in which OmegaConf names no key."""
+    if isinstance(update, DictConfig):
+        update = OmegaConf.to_container(update)
+    if isinstance(update, dict):
+        return next(filter(None, (_failing_key(base, value, (*path, str(key))) for key, value in update.items())), "")
+    nested = update
+    for key in reversed(path):
+        nested = {key: nested}
+    try:
+        OmegaConf.merge(base, nested)
+    except OmegaConfBaseException:
+        return f"{'.'.join(path)}: "
+    return ""
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    # OmegaConf leaves its placeholders in the message about an element of a tuple.
+    message = str(error).replace(" '$VALUE' of type '$VALUE_TYPE'", "")
+    return message.splitlines()[0] if message else type(error).__name__
 
 
 def _require(condition: bool, key: str, value: object, rule: str) -> None:
@@ -398,7 +448,7 @@ def check(config: Config) -> None:
         "metrics.every": config.metrics.every,
         "run.timeout_minutes": config.run.timeout_minutes,
     }.items():
-        _require(value > 0, key, value, "must be positive")
+        _require(0 < value < math.inf, key, value, "must be positive and finite")
     for key, value in {
         "model.num_experts": model.num_experts,
         "model.first_dense_layers": model.first_dense_layers,
@@ -416,7 +466,7 @@ def check(config: Config) -> None:
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every": config.eval.every,
     }.items():
-        _require(value >= 0, key, value, "must not be negative")
+        _require(0 <= value < math.inf, key, value, "must not be negative or infinite")
 
     if model.head_dim is None:
         _require(
@@ -425,7 +475,12 @@ def check(config: Config) -> None:
             model.n_heads,
             f"must divide model.dim = {model.dim}, or set model.head_dim",
         )
-    _require(model.head_width > 0 and model.head_width % 2 == 0, "model.head_dim", model.head_width, "must be even")
+    _require(
+        model.head_width > 0 and model.head_width % 2 == 0,
+        "model.head_dim",
+        model.head_width,
+        "must be positive and even",
+    )
     _require(
         model.n_heads % model.kv_heads == 0,
         "model.n_kv_heads",
@@ -476,7 +531,12 @@ def check(config: Config) -> None:
     else:
         _require(parallel.ep == 1, "parallel.ep", parallel.ep, "a dense model (model.num_experts = 0) has no experts")
     if router.capacity_factor is not None:
-        _require(router.capacity_factor > 0, "router.capacity_factor", router.capacity_factor, "must be positive")
+        _require(
+            0 < router.capacity_factor < math.inf,
+            "router.capacity_factor",
+            router.capacity_factor,
+            "must be positive and finite",
+        )
     _require(0 <= router.jitter < 1, "router.jitter", router.jitter, "must be in [0, 1)")
 
     _require(

@@ -1,1 +1,23 @@
-"""Device mesh, token dispatch and launch-time process groups."""
+"""Device mesh, token dispatch and gradient reduction."""
+
+from moetrain.parallel.agreement import any_rank, first_on_each_node, raise_together
+from moetrain.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
+from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
+from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
+
+__all__ = [
+    "AllToAllDispatcher",
+    "Dispatched",
+    "Dispatcher",
+    "LocalDispatcher",
+    "Mesh",
+    "any_rank",
+    "clip_gradients",
+    "create_mesh",
+    "destroy_mesh",
+    "environment_world_size",
+    "first_on_each_node",
+    "gradient_norm",
+    "raise_together",
+    "reduce_gradients",
+]

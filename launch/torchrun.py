@@ -1,0 +1,178 @@
+"""Run a Python module in several processes of this machine with torchrun's elastic agent.
+
+The workers write straight to this process's stdout and stderr. SIGTERM, SIGINT and SIGUSR1 are passed on to them, so
+that they can save and end by themselves; a second SIGTERM or SIGINT kills them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import psutil
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+PARENT_PID = "MOETRAIN_PARENT_PID"
+PR_SET_PDEATHSIG = 1
+
+
+def run(arguments: list[str], nproc: int, module: str = "moetrain") -> int:
+    """Run ``python -m module arguments…`` in `nproc` processes that find each other through torchrun's variables.
+
+    Returns 0 when all workers end well. When one fails the others are ended too, a line on stderr says which rank it
+    was and why, and its exit code is returned: 128 + n for a worker that died of signal n, as a shell has it.
+    """
+    _silence_elastic()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
+    os.environ[PARENT_PID] = str(os.getpid())
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="moetrain-launch-") as folder,
+            SignalForwarder(lambda: psutil.Process().children()) as forwarder,
+        ):
+            launch = elastic_launch(
+                LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=nproc,
+                    run_id=uuid.uuid4().hex,
+                    # Port 0: the agent's store takes a free port and the workers use that same store.
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="127.0.0.1:0",
+                    local_addr="127.0.0.1",
+                    max_restarts=0,
+                    logs_specs=DefaultLogsSpecs(log_dir=folder),
+                    # Those of SignalForwarder are ours; the agent answers these by ending the workers.
+                    signals_to_handle="SIGHUP,SIGQUIT",
+                ),
+                sys.executable,
+            )
+            try:
+                launch("-m", module, *arguments)
+            except ChildFailedError as error:
+                if forwarder.killed_by is not None:
+                    return _report(f"killed by a second {forwarder.killed_by.name}", 128 + forwarder.killed_by)
+                rank, failure = first_failure(error.failures)
+                return _report(describe_failure(rank, failure), exit_status(failure.exitcode))
+            except SignalException as error:
+                return _report(f"ended by {error.sigval.name}", 128 + error.sigval)
+    finally:
+        os.environ.pop(PARENT_PID, None)
+    return 0
+
+
+def end_with_launcher() -> None:
+    """Called by a worker: let the kernel kill it if the launcher dies without having ended its workers (Linux)."""
+    parent = os.environ.pop(PARENT_PID, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The launcher may have died before the kernel knew.
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def exit_status(returncode: int) -> int:
+    """A child's return code as an exit status: 128 + n where Python says −n for signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+class SignalForwarder:
+    """While active, passes SIGTERM, SIGINT and SIGUSR1 on to `workers()`.
+
+    A second SIGTERM or SIGINT kills every descendant of this process. With no worker yet, a signal ends this process
+    (SystemExit 128 + n).
+    """
+
+    def __init__(self, workers: Callable[[], list[psutil.Process]]) -> None:
+        self.killed_by: signal.Signals | None = None
+        """The signal that had the workers killed, if any."""
+        self._workers = workers
+        self._asked_to_stop = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._forward)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        stop = number in (signal.SIGTERM, signal.SIGINT)
+        if stop and self._asked_to_stop:
+            self.killed_by = signal.Signals(number)
+            _send(psutil.Process().children(recursive=True), signal.SIGKILL)
+            return
+        workers = self._workers()
+        if not workers:
+            raise SystemExit(128 + number)
+        self._asked_to_stop |= stop
+        _send(workers, number)
+
+
+def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The (rank, failure) that brought the others down."""
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
+        failure = item[1]
+        if failure.exitcode == -signal.SIGTERM:
+            return 2, 0.0  # that is how the agent ends the others
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT:
+            return 0, failure.timestamp  # a crash or a kill is never the consequence of another rank's end
+        # Recorded times are whole seconds, too coarse to tell an error from the broken connections that follow it.
+        written = os.path.isfile(failure.error_file)
+        return 1, os.path.getmtime(failure.error_file) if written else failure.timestamp
+
+    return min(failures.items(), key=order)
+
+
+def describe_failure(rank: int, failure: ProcessFailure) -> str:
+    """One line: rank, process, exit code or signal, and the worker's own error message where it left one."""
+    who = f"rank {rank} (pid {failure.pid})"
+    if failure.exitcode < 0:
+        hint = " (by hand, or by the system for lack of memory)" if failure.exitcode == -signal.SIGKILL else ""
+        return f"{who} was killed by {failure.signal_name()}{hint}"
+    recorded = failure.error_file_data["message"]
+    message = recorded["message"].partition("\n")[0] if isinstance(recorded, dict) else ""
+    return f"{who} failed with exit code {failure.exitcode}" + (f": {message}" if message else "")
+
+
+def _report(line: str, status: int) -> int:
+    print(f"moetrain: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+def _send(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _silence_elastic() -> None:
+    """Keep the agent's own warnings and failure box from the terminal: `run` says the same in a line."""
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False

@@ -1,0 +1,568 @@
+"""Checkpoints: what is in one, when it counts, how it is written behind the training loop's back and read again.
+
+A run's checkpoints/ folder::
+
+    step-00000100/                a checkpoint: complete by construction, because this name is given last
+        manifest.json             step, progress, versions, and the size and SHA-256 of every other file
+        .metadata, __0_0.distcp   torch.distributed.checkpoint: every tensor under its logical name, in shards
+    step-00000100.old/            a checkpoint while another of the same step takes its name
+    step-00000200.tmp-1f3a9c0e/   being written, being deleted, or left by a killed run
+
+The contents are logical tensors, so a checkpoint does not depend on the number of ranks that wrote it. Ranks share
+the file system. No rank acts on an error of its own: all ranks hear of it and all raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import moetrain
+from moetrain.errors import CheckpointError
+from moetrain.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)(\.old)?")
+_ASIDE = "step-*.tmp-*"
+
+# DCP makes two debug records for every tensor, which cost more than small tensors do.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL)
+
+
+def expert_dtensor(local: Tensor, mesh: Mesh) -> DTensor:
+    """The logical tensor [E, …] of which `local` [E / ep, …] holds the experts of this rank; shares its memory."""
+    return DTensor.from_local(local.detach(), mesh.experts, [Replicate(), Shard(0)], run_check=False)
+
+
+# ---------------------------------------------------------------------------------------------------- on disk
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file of a checkpoint must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json without its last key, the SHA-256 of the others."""
+
+    format_version: int
+    step: int
+    moetrain: str
+    torch: str
+    world_size: int
+    ep: int
+    progress: dict[str, Any]
+    """The trainer's own account: samples, tokens, config_hash, …"""
+    files: dict[str, FileEntry]
+
+    @property
+    def config_hash(self) -> str | None:
+        return self.progress.get("config_hash")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint of `step`."""
+    return f"step-{step:08d}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint `path`; raises CheckpointError if it is missing, unreadable or altered."""
+    file = path / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: format {version}; this moetrain {moetrain.__version__} reads {FORMAT_VERSION}"
+            )
+        checksum = content.pop("sha256")
+        if checksum != _json_sha256(content):
+            raise CheckpointError(f"{file}: its SHA-256 is wrong, the file was altered")
+        content["files"] = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        return Manifest(**content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: unreadable: {_reason(error)}") from error
+
+
+def verify(path: Path, *, checksums: bool = True) -> list[str]:
+    """What is wrong with the checkpoint `path`, one line for each file; empty if nothing is.
+
+    Without `checksums` it looks at the manifest and at the sizes of the files only; with them it reads every byte.
+    """
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+
+    def problem(name: str) -> str | None:
+        file, entry = path / name, manifest.files[name]
+        try:
+            size = file.stat().st_size
+            if size != entry.size:
+                return f"{file}: {size} bytes instead of {entry.size}"
+            if checksums and _file_sha256(file) != entry.sha256:
+                return f"{file}: its SHA-256 is wrong, the file was altered"
+        except FileNotFoundError:
+            return f"{file}: missing"
+        except OSError as error:
+            return f"{file}: {_reason(error)}"
+        return None
+
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
+        return [line for line in pool.map(problem, manifest.files) if line is not None]
+
+
+def latest(folder: Path, *, checksums: bool = False) -> Path | None:
+    """The newest whole checkpoint in `folder`, None if there is none; damaged ones are passed over with a warning."""
+    for _, path in _checkpoints(folder):
+        problems = verify(path, checksums=checksums)
+        if not problems:
+            return path
+        warnings.warn(f"skipping the damaged checkpoint {path}: {problems[0]}", stacklevel=2)
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by `path`: a checkpoint, a checkpoints folder, or a run folder (the newest).
+
+    Checksums are verified. Raises CheckpointError if there is none, or if the one that was named is damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a run, a checkpoints folder or a checkpoint")
+    if _NAME.fullmatch(path.resolve().name) or (path / MANIFEST).exists():
+        problems = verify(path)
+        if problems:
+            raise CheckpointError(f"{path} is damaged: {_few(problems)}; choose another checkpoint")
+        return path
+    for folder in (path / "checkpoints", path):
+        found = latest(folder, checksums=True)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{path}: holds no whole checkpoint")
+
+
+def find_resume(folder: Path, resume: str, mesh: Mesh) -> Path | None:
+    """The checkpoint from which a run starts, the same on all ranks; None: from scratch. Collective.
+
+    `folder` is the checkpoints folder of the run, `resume` is the config's ``checkpoint.resume``. Raises
+    CheckpointError where starting would lose something: never, but there are checkpoints; auto, but all are damaged;
+    a path that :func:`find_checkpoint` refuses.
+    """
+
+    def decide() -> Path | None:
+        if resume == "never":
+            if _checkpoints(folder):
+                raise CheckpointError(
+                    f"{folder} holds checkpoints, but checkpoint.resume = never: choose another run.dir or "
+                    "checkpoint.resume=auto"
+                )
+            return None
+        if resume == "auto":
+            found = latest(folder, checksums=True)
+            if found is None and _checkpoints(folder):
+                raise CheckpointError(
+                    f"{folder}: every checkpoint is damaged; move them away or choose another run.dir to start anew"
+                )
+            return found
+        return find_checkpoint(Path(resume))
+
+    return _on_rank_0(mesh.host_group, decide)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of whatever has the name of a checkpoint, newest first; a replaced one after its successor."""
+    if not folder.is_dir():
+        return []
+    named = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    named.sort(key=lambda item: (int(item[0][1]), item[0][2] is None), reverse=True)
+    return [(int(match[1]), path) for match, path in named]
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _json_sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    content = asdict(manifest)
+    with (path / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(content | {"sha256": _json_sha256(content)}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aside_of(target: Path) -> Path:
+    """A name beside `target` that nothing has, not even the remains of a killed run."""
+    return target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; killed in the middle, it leaves no checkpoint's name on half of one."""
+    shutil.rmtree(path.rename(_aside_of(path)))
+
+
+# ------------------------------------------------------------------------------------------ agreement of ranks
+
+
+def _on_all_ranks(group: dist.ProcessGroup, work: Callable[[], T]) -> list[T]:
+    """The results of `work` on every rank, or CheckpointError on every rank if one fails. Collective."""
+    cause: BaseException | None = None
+    outcome: tuple[T | None, str | None]
+    try:
+        outcome = work(), None
+    except CheckpointError as error:
+        outcome, cause = (None, str(error)), error
+    except Exception as error:
+        outcome, cause = (None, f"rank {dist.get_rank(group)}: {_reason(error)}"), error
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, outcome, group=group)
+    problems = list(dict.fromkeys(problem for _, problem in outcomes if problem is not None))
+    if problems:
+        raise CheckpointError(_few(problems)) from cause
+    return [result for result, _ in outcomes]
+
+
+def _on_rank_0(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
+    """The result of `work`, run on rank 0 alone, or CheckpointError, on every rank. Collective."""
+    return _on_all_ranks(group, lambda: work() if dist.get_rank(group) == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _reason(error: BaseException) -> str:
+    """One line that says what went wrong, without DCP's tracebacks."""
+    if isinstance(error, CheckpointException):
+        return _reason(next(iter(error.failures.values()))[0])
+    if isinstance(error, CheckpointError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _few(lines: list[str]) -> str:
+    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+
+# ------------------------------------------------------------------------------------------------------ saving
+
+
+class Checkpointer:
+    """Saves into one checkpoints folder, one save at a time, and deletes what need not be kept.
+
+    A save stops the trainer while it copies to host memory what this rank will write; the rest happens in a thread,
+    over the mesh's own `checkpoint_group`. Replicated tensors are copied and written by one of the ranks that hold
+    them. The copy's memory is kept for the next save.
+
+    `keep_last` newest checkpoints are kept, and those of steps divisible by `keep_every` (0: none). Those of steps
+    beyond the one just written belong to another course of the run and are left alone until they are replaced.
+    `asynchronous=False` waits in :meth:`save`. Creating one is collective, and so are its methods; it removes what a
+    killed run left half-written in `folder`.
+    """
+
+    last_stall_seconds: float = 0.0
+    """How long the last save() held up the trainer."""
+
+    def __init__(self, folder: Path, mesh: Mesh, *, keep_last: int, keep_every: int, asynchronous: bool) -> None:
+        self.folder = folder
+        self.mesh = mesh
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.asynchronous = asynchronous
+        self._copies: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: tuple[Path, Future[None]] | None = None
+        _on_rank_0(mesh.host_group, self._prepare_folder)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Start to save; the caller may change tensors and progress as soon as it returns.
+
+        `tensors`: logical tensors by name, the same names on all ranks. A DTensor is sharded as its placements say;
+        a plain tensor is the same on all ranks. `progress` must be representable as JSON. Raises CheckpointError if
+        the save before this one failed (or this one, if not asynchronous).
+        """
+        start = time.perf_counter()
+        self.wait()
+        owned = _owned(tensors, self.mesh)
+        plan = create_default_local_save_plan(owned, is_coordinator=False)
+        copies = self._copy(owned)
+        target = self.folder / checkpoint_name(step)
+        account = json.loads(json.dumps(progress))
+        self._pending = target, self._thread.submit(self._write, target, step, plan, copies, account)
+        if not self.asynchronous:
+            self.wait()
+        self.last_stall_seconds = time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Return when the last save is durable; raises CheckpointError, on all ranks, if it failed on any."""
+        if self._pending is None:
+            return
+        target, future = self._pending
+        try:
+            future.result()
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"saving {target} failed: {_reason(error)}") from error
+        finally:
+            self._pending = None
+
+    def close(self) -> None:
+        """wait(), and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _prepare_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(_ASIDE):
+            shutil.rmtree(path)
+
+    @torch.no_grad()
+    def _copy(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the local shards in host memory, pinned if they come from a GPU."""
+        copies = {}
+        for name, tensor in owned.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            copies[name] = copy.copy_(local, non_blocking=True)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.current_stream(self.mesh.device).synchronize()
+        self._copies = copies
+        return copies
+
+    def _write(
+        self, target: Path, step: int, plan: SavePlan, copies: dict[str, Tensor], progress: dict[str, Any]
+    ) -> None:
+        """The thread's part: write aside, checksum, commit. Collective over the checkpoint group."""
+        group = self.mesh.checkpoint_group
+
+        def make_aside() -> Path:
+            aside = _aside_of(target)
+            aside.mkdir()
+            return aside
+
+        aside = _on_rank_0(group, make_aside)
+        try:
+            writer = _Writer(aside)
+            dcp.save(copies, storage_writer=writer, planner=_Planner(plan), process_group=group)
+            written = _on_all_ranks(group, writer.files)
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                step=step,
+                moetrain=moetrain.__version__,
+                torch=torch.__version__,
+                world_size=self.mesh.world_size,
+                ep=self.mesh.ep,
+                progress=progress,
+                files={name: entry for files in written for name, entry in files.items()},
+            )
+            _on_rank_0(group, lambda: self._commit(aside, target, manifest))
+        except (CheckpointError, CheckpointException):
+            if self.mesh.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _commit(self, aside: Path, target: Path, manifest: Manifest) -> None:
+        _write_manifest(aside, manifest)
+        _fsync_folder(aside)
+        if target.exists():
+            replaced = target.with_name(f"{target.name}.old")
+            if replaced.exists():
+                _discard(replaced)
+            target.rename(replaced)
+        aside.rename(target)
+        _fsync_folder(self.folder)
+        self._prune(manifest.step)
+
+    def _prune(self, step: int) -> None:
+        found = [(other, path) for other, path in _checkpoints(self.folder) if other <= step]
+        steps = sorted({other for other, _ in found}, reverse=True)
+        kept = set(steps[: self.keep_last])
+        if self.keep_every:
+            kept |= {other for other in steps if other % self.keep_every == 0}
+        for other, path in found:
+            current = self.folder / checkpoint_name(other)
+            if other not in kept or (path != current and current.exists()):
+                _discard(path)
+
+
+def _owned(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """Those tensors, or shards of them, that this rank writes.
+
+    Of the ranks that hold the same data it is the one with the fewest bytes so far. All ranks come to the same
+    result without talking, so that none copies to the host what another writes.
+    """
+    owned: dict[str, Tensor] = {}
+    assigned: dict[int, list[int]] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        replica, replicas = mesh.rank, mesh.world_size
+        if isinstance(tensor, DTensor):
+            replica, replicas = 0, 1
+            coordinates = tensor.device_mesh.get_coordinate()
+            assert coordinates is not None, "every rank is in the mesh"
+            for placement, size, coordinate in zip(
+                tensor.placements, tensor.device_mesh.shape, coordinates, strict=True
+            ):
+                if placement.is_replicate():
+                    replica, replicas = replica * size + coordinate, replicas * size
+        load = assigned.setdefault(replicas, [0] * replicas)
+        writer = load.index(min(load))
+        load[writer] += tensor.numel() * tensor.element_size()
+        if replica == writer:
+            owned[name] = tensor
+    return owned
+
+
+class _Planner(DefaultSavePlanner):
+    """Carries out a plan that was made of the trainer's tensors on their copies."""
+
+    def __init__(self, plan: SavePlan) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.plan = plan
+
+    def create_local_plan(self) -> SavePlan:
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes one rank's files and keeps an error to itself until :meth:`files` is asked.
+
+    DCP would send the error to rank 0 with its traceback, which cannot be pickled on Python 3.13 with torch 2.11: the
+    sender then raises something else and the other ranks wait for it until they time out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # No copy ahead: the data is in host memory, and in this thread CUDA's current device is GPU 0 on every rank.
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self._folder = folder
+        self._names: set[str] = set()
+        self._error: Exception | None = None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        done: torch.futures.Future[list[WriteResult]]
+        try:
+            done = super().write_data(plan, planner)
+            self._names |= {result.storage_data.relative_path for result in done.value()}
+        except Exception as error:
+            self._error = error
+            done = torch.futures.Future()
+            done.set_result([])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        try:
+            super().finish(metadata, results)
+            self._names.add(".metadata")
+        except Exception as error:
+            self._error = error
+
+    def files(self) -> dict[str, FileEntry]:
+        """Size and checksum of every file that this rank wrote; raises the error that kept it from it."""
+        if self._error is not None:
+            raise self._error
+        files = {name: self._folder / name for name in sorted(self._names)}
+        return {name: FileEntry(file.stat().st_size, _file_sha256(file)) for name, file in files.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- loading
+
+
+def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *, strict: bool = True) -> dict[str, Any]:
+    """Fill `tensors` in place from the checkpoint `path`; returns the `progress` that was saved with them.
+
+    DTensors receive this rank's shard, plain tensors the whole logical tensor, whatever the number of ranks that
+    wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype; with `strict` the
+    checkpoint must hold nothing else. Otherwise, and if it cannot be read, CheckpointError; then nothing was changed,
+    unless a file is damaged (see :func:`verify`).
+
+    Collective if `mesh` is given: an error on one rank is raised on all. Without a mesh each process loads by itself.
+    """
+
+    def read() -> dict[str, Any]:
+        manifest = read_manifest(path)
+        try:
+            _check_fit(path, tensors, strict)
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            with warnings.catch_warnings():  # that a load without collectives is meant for one process
+                warnings.simplefilter("ignore")
+                dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=True)
+        except CheckpointError:
+            raise
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
+        return manifest.progress
+
+    return read() if mesh is None else _on_all_ranks(mesh.host_group, read)[0]
+
+
+def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    problems = []
+    missing = sorted(tensors.keys() - saved.keys())
+    if missing:
+        problems.append(f"it lacks {_few(missing)}")
+    unexpected = sorted(saved.keys() - tensors.keys())
+    if unexpected and strict:
+        problems.append(f"it has, unasked, {_few(unexpected)}")
+    differing = []
+    for name in sorted(tensors.keys() & saved.keys()):
+        tensor, entry = tensors[name], saved[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        was, wanted = (tuple(entry.size), entry.properties.dtype), (tuple(tensor.shape), tensor.dtype)
+        if was != wanted:
+            differing.append(f"{name} {list(was[0])} {was[1]}, wanted {list(wanted[0])} {wanted[1]}")
+    if differing:
+        problems.append(f"it holds {_few(differing)}")
+    if problems:
+        raise CheckpointError(
+            f"{path} belongs to another model: {'. And '.join(problems)}. Use the config.yaml of the run that wrote it"
+        )

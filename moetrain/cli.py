@@ -1,0 +1,328 @@
+"""The ``moetrain`` command.
+
+What a command needs is imported when it runs: ``moetrain --help`` and ``moetrain config`` start without torch. A
+:class:`~moetrain.errors.UserError` ends a command with one line on stderr and its exit code, without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Literal, NoReturn
+
+from moetrain import __version__
+from moetrain.config import Config, check_world, load_config, packaged_configs, to_yaml
+from moetrain.errors import ConfigError, UserError
+
+Launcher = Literal["torchrun", "deepspeed", "none"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a user's error, 2 for a bad command line or config, 130."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        code: int = arguments.handler(arguments)
+    except UserError as error:
+        _record(error)
+        if not _is_worker() or os.environ["RANK"] == "0":
+            print("moetrain: error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        _record(error)
+        raise
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line like any other error of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _build_parser(argv[0] if argv else None)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on positionals after an option (train tiny --nproc 2 train.steps=5).
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _build_parser(command: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moetrain",
+        description="Train Mixture-of-Experts language models from one YAML file.",
+        epilog="examples:\n"
+        "  moetrain train tiny --nproc auto\n"
+        "  moetrain evaluate runs/tiny\n"
+        "  moetrain config olmoe-1b-7b train.steps=100\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moetrain {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+
+    train = _add_command(
+        commands,
+        "train",
+        "train a model",
+        "Train the model that CONFIG describes, or go on from the newest checkpoint of its run folder.\n"
+        "SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 0.",
+        "examples:\n"
+        "  moetrain train tiny\n"
+        "  moetrain train small train.steps=2000 optim.lr=1e-3 --nproc 4\n"
+        "  moetrain train my.yaml parallel.ep=8 --nproc auto --launcher deepspeed\n"
+        "  torchrun --nproc-per-node 8 -m moetrain train my.yaml parallel.ep=8\n",
+    )
+    _add_config(train)
+    _add_launch(train)
+    train.set_defaults(handler=_train)
+
+    evaluate = _add_command(
+        commands,
+        "evaluate",
+        "score a checkpoint on held-out text",
+        "Print held-out loss, perplexity and bits per byte of a run's newest checkpoint, or of the one given.",
+        "examples:\n"
+        "  moetrain evaluate runs/tiny\n"
+        "  moetrain evaluate runs/small eval.tokens=1000000 --nproc auto --json score.json\n",
+    )
+    evaluate.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
+    _add_overrides(evaluate)
+    evaluate.add_argument("--json", metavar="F", help="also write the scores to this file")
+    _add_launch(evaluate)
+    evaluate.set_defaults(handler=_evaluate)
+
+    data = _add_command(
+        commands,
+        "data",
+        "build and inspect training data",
+        "Turn text into token shards.",
+        "examples:\n  moetrain data build texts/ --out data/mine\n  moetrain data info data/mine\n",
+    )
+    if command == "data":
+        _add_data_commands(data)
+
+    config = _add_command(
+        commands,
+        "config",
+        "print a resolved config, or list the packaged ones",
+        "Check CONFIG and print it as YAML with every default filled in.\nWithout CONFIG: list the packaged configs.",
+        "examples:\n  moetrain config\n  moetrain config tiny\n  moetrain config tiny train.steps=100 > mine.yaml\n",
+    )
+    _add_config(config, required=False)
+    config.set_defaults(handler=_config)
+
+    plan = _add_command(
+        commands,
+        "plan",
+        "parameters, memory and FLOPs of a config",
+        "Print total, active and per-rank parameters, optimiser and activation memory and FLOPs a token.\n"
+        "Needs no GPU.",
+        "examples:\n  moetrain plan olmoe-1b-7b\n  moetrain plan qwen3-30b-a3b parallel.ep=8 --world-size 64\n",
+    )
+    _add_config(plan)
+    plan.add_argument(
+        "--world-size", type=_positive, default=1, metavar="N", help="plan for N processes (default: %(default)s)"
+    )
+    plan.set_defaults(handler=_plan)
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, description: str, examples: str
+) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_data_commands(data: argparse.ArgumentParser) -> None:
+    # The package takes torch with it; no other command should wait for that before it checks its own arguments.
+    from moetrain.data import add_build_arguments, add_info_arguments, build_command, info_command
+
+    commands = data.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    build = _add_command(
+        commands,
+        "build",
+        "tokenise text into shards",
+        "Tokenise text into memory-mapped shards for data.path.",
+        "examples:\n"
+        "  moetrain data build stdlib --out data/stdlib\n"
+        "  moetrain data build texts/ more.jsonl.gz --tokenizer tokenizer.json --out data/mine\n",
+    )
+    add_build_arguments(build)
+    build.set_defaults(handler=build_command)
+    info = _add_command(
+        commands,
+        "info",
+        "describe and check a folder of shards",
+        "Describe and check a folder of shards.",
+        "examples:\n  moetrain data info stdlib\n  moetrain data info data/mine --verify --sample 200\n",
+    )
+    add_info_arguments(info)
+    info.set_defaults(handler=info_command)
+
+
+def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs=None if required else "?",
+        help="a YAML file, or the name of a packaged config (moetrain config lists them)",
+    )
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="config keys to change, as in train.steps=100"
+    )
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc",
+        type=_nproc,
+        metavar="N",
+        help="processes on this machine; auto: one a GPU, or on a CPU 2 where there are two cores "
+        "(default: 1; with --launcher torchrun or deepspeed, auto)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["torchrun", "deepspeed", "none"],
+        help="what starts the processes (default: torchrun for more than one, else none). Not needed under torchrun or "
+        "deepspeed: the command then joins the processes that they started",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _nproc(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else _positive(text)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    launcher, world_size = _choose_processes(arguments, config.run.device)
+    check_world(config, world_size)
+    if launcher != "none":
+        return _launch(launcher, ["train", arguments.config, *arguments.overrides], world_size, config.run.device)
+    _prepare_worker()
+    from moetrain.trainer import train
+
+    return train(config)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    launcher, world_size = _choose_processes(arguments, "auto")
+    if launcher != "none":
+        json = [] if arguments.json is None else ["--json", arguments.json]
+        return _launch(launcher, ["evaluate", arguments.target, *arguments.overrides, *json], world_size, "auto")
+    _prepare_worker()
+    from moetrain.evaluate import evaluate_command
+
+    return evaluate_command(arguments.target, arguments.overrides, arguments.json)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.config is None:
+        packaged = packaged_configs()
+        width = max(map(len, packaged))
+        for name, file in packaged.items():
+            with file.open(encoding="utf-8") as lines:
+                print(f"{name:{width}}  {lines.readline().lstrip('# ').rstrip()}")
+        return 0
+    config: Config = load_config(arguments.config, arguments.overrides)
+    print(to_yaml(config), end="")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    check_world(config, arguments.world_size)
+    from moetrain.plan import plan_command
+
+    return plan_command(config, arguments.world_size)
+
+
+def _is_worker() -> bool:
+    """Whether a launcher (torchrun, DeepSpeed, a Slurm script) started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _choose_processes(arguments: argparse.Namespace, device: str) -> tuple[Launcher, int]:
+    """What is to be started, and the world size; ("none", …): this process does the work."""
+    launcher: Launcher | None = arguments.launcher
+    nproc: int | Literal["auto"] | None = arguments.nproc
+    if _is_worker():
+        world_size = os.environ["WORLD_SIZE"]
+        if nproc is not None or launcher not in (None, "none"):
+            raise ConfigError(
+                f"--nproc, --launcher: a launcher has already started this process (WORLD_SIZE={world_size} is set)"
+            )
+        return "none", int(world_size)
+    if nproc is None:
+        nproc = 1 if launcher in (None, "none") else "auto"
+    if nproc == "auto":
+        nproc = _auto_nproc(device)
+    if launcher == "none" and nproc > 1:
+        raise ConfigError(f"--nproc {nproc}: --launcher none runs in this process only")
+    if launcher is None:
+        launcher = "torchrun" if nproc > 1 else "none"
+    return launcher, nproc
+
+
+def _auto_nproc(device: str) -> int:
+    import torch
+
+    from moetrain.launch.torchrun import usable_cores
+
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return gpus or min(2, usable_cores())
+
+
+def _launch(launcher: Launcher, command: list[str], nproc: int, device: str) -> int:
+    import torch
+
+    from moetrain.launch import deepspeed, torchrun
+
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus == 0:
+        raise ConfigError("run.device = cuda: there is no GPU here")
+    if device != "cpu" and 0 < gpus < nproc:
+        raise ConfigError(f"--nproc {nproc}: more than the {gpus} GPUs here; use run.device=cpu for more processes")
+    return (deepspeed if launcher == "deepspeed" else torchrun).run(command, nproc)
+
+
+def _prepare_worker() -> None:
+    if not _is_worker():
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from moetrain.launch.torchrun import end_with_launcher
+
+    end_with_launcher()
+    get_error_handler().initialize()
+
+
+def _record(error: Exception) -> None:
+    """Leave the error where torchrun looks for the reason of a rank's failure."""
+    if _is_worker() and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

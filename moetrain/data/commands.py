@@ -1,0 +1,97 @@
+"""`moetrain data build` and `moetrain data info`."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moetrain.config import DataConfig
+from moetrain.data.build import HELD_OUT_FRACTION, build
+from moetrain.data.corpus import SUFFIXES, Corpus
+from moetrain.data.dataset import open_dataset
+from moetrain.data.tokenizer import load_tokenizer
+from moetrain.errors import DataError
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `moetrain data build`."""
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help=f"stdlib, a file ({' '.join(SUFFIXES)}), a folder of those, or hf:NAME[:SPLIT[:CONFIG]]",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--tokenizer", default="bytes", metavar="NAME", help="bytes (default) or the path of a tokenizer.json"
+    )
+    parser.add_argument("--field", default="text", metavar="NAME", help="the text in records (default: text)")
+    parser.add_argument("--eod", metavar="TOKEN", help="token that ends a document (default: the usual ones)")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=HELD_OUT_FRACTION,
+        metavar="FRACTION",
+        help="fraction of documents to hold out (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; bytes need one)")
+    parser.add_argument("--force", action="store_true", help="replace a data set that is already there")
+
+
+def build_command(args: argparse.Namespace) -> int:
+    """Run `moetrain data build`; returns the exit code. Raises DataError."""
+    tokenizer = load_tokenizer(args.tokenizer, args.eod)
+    build(
+        args.sources,
+        args.out,
+        tokenizer,
+        held_out_fraction=args.held_out,
+        workers=args.workers,
+        field=args.field,
+        force=args.force,
+    )
+    dataset = open_dataset(DataConfig(path=args.out))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(escape(f"{args.out}: {dataset.describe()}"))
+    skipped = Corpus(args.sources, args.field).skipped
+    if skipped:
+        console.print(escape(f"skipped {len(skipped)} files of other kinds, such as {skipped[0]}"))
+    return 0
+
+
+def add_info_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `moetrain data info`."""
+    parser.add_argument("dir", metavar="DIR", help="a folder made by `moetrain data build`, or stdlib")
+    parser.add_argument("--verify", action="store_true", help="compare checksums (reads all of the data)")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="show the first N training tokens as text")
+
+
+def info_command(args: argparse.Namespace) -> int:
+    """Run `moetrain data info`; returns the exit code. Raises DataError."""
+    if args.sample < 0:
+        raise DataError(f"--sample {args.sample}: must not be negative")
+    dataset = open_dataset(DataConfig(path=args.dir), verify=args.verify)
+    identity = ", ".join(f"{key} {value}" for key, value in dataset.tokenizer_identity.items())
+    table = Table(title=escape(str(dataset.folder)), caption=escape(f"tokenizer: {identity}"))
+    for heading in ("split", "tokens", "text bytes", "documents", "shards", "dtype", "vocabulary", "checksums"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split in (dataset.train, dataset.heldout):
+        table.add_row(
+            split.name,
+            f"{split.num_tokens:,}",
+            f"{split.num_bytes:,}",
+            f"{split.num_documents:,}",
+            str(len(split.shards)),
+            split.shards[0].dtype,
+            f"{dataset.vocab_size:,}",
+            "OK" if args.verify else "not read",
+        )
+    console = Console()
+    console.print(table)
+    if args.sample:
+        tokens = dataset.train.read(0, min(args.sample, dataset.train.num_tokens))
+        console.print(dataset.tokenizer().decode(tokens), markup=False, highlight=False, soft_wrap=True)
+    return 0

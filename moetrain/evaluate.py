@@ -1,0 +1,129 @@
+"""The held-out score of a model, beside what n-gram models and compressors make of the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.baselines import byte_baselines, text_bytes
+from moetrain.checkpoint import find_checkpoint, load, read_manifest
+from moetrain.config import Config, check_world, from_dict
+from moetrain.data import IGNORED, Dataset, check_vocabulary, heldout_batches, open_dataset
+from moetrain.files import write_text
+from moetrain.model import Decoder
+from moetrain.parallel import Mesh, create_mesh, destroy_mesh, environment_world_size, first_on_each_node
+from moetrain.state import logical_tensors
+
+
+@dataclass(frozen=True)
+class Score:
+    """Cross-entropy over held-out tokens."""
+
+    loss: float
+    """Nats a token, ends of documents included."""
+    tokens: int
+    bytes: float
+    """Bytes of text that these tokens stand for."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """All bits spent (those for ends of documents too) over the bytes of text."""
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "heldout/loss": self.loss,
+            "heldout/perplexity": self.perplexity,
+            "heldout/bits_per_byte": self.bits_per_byte,
+        }
+
+
+@torch.no_grad()
+def heldout_score(model: Decoder, dataset: Dataset, config: Config, mesh: Mesh) -> Score:
+    """Score the first `eval.tokens` held-out tokens, shared among the ranks; collective."""
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, targets, targets that stand for text
+    batches = heldout_batches(
+        dataset.heldout,
+        config.data.seq_len,
+        config.train.micro_batch,
+        config.eval.tokens,
+        mesh.dp_rank,
+        mesh.dp,
+        end_of_document=dataset.end_of_document if config.data.mask_documents else None,
+    )
+    for host_batch in batches:
+        batch = host_batch.to(mesh.device)
+        hidden_BSD, _ = model(batch.tokens_BS, batch.documents_BS)
+        counted = batch.targets_BS != IGNORED
+        text = counted & (batch.targets_BS != dataset.end_of_document)
+        sums += torch.stack([model.cross_entropy(hidden_BSD, batch.targets_BS).double(), counted.sum(), text.sum()])
+    if mesh.world_size > 1:
+        dist.all_reduce(sums)
+    nats, tokens, text_tokens = sums.tolist()
+    heldout = dataset.heldout
+    bytes_per_token = heldout.num_bytes / (heldout.num_tokens - heldout.num_documents)
+    return Score(nats / tokens, int(tokens), text_tokens * bytes_per_token)
+
+
+def heldout_baselines(dataset: Dataset, tokens: int) -> dict[str, float]:
+    """Bits per byte of n-grams and compressors on the targets of `tokens` held-out tokens; {} unless data is bytes."""
+    if dataset.tokenizer_identity.get("kind") != "bytes":
+        return {}
+    return byte_baselines(text_bytes(dataset, dataset.train), text_bytes(dataset, dataset.heldout, 1, tokens))
+
+
+def print_score(score: Score, baselines: dict[str, float]) -> None:
+    """A table of bits per byte, best last."""
+    table = Table(title=f"held-out score over {score.tokens:,} tokens")
+    table.add_column("")
+    table.add_column("bits per byte", justify="right")
+    rows = {**baselines, "this model": score.bits_per_byte}
+    for name, bits in sorted(rows.items(), key=lambda row: -row[1]):
+        table.add_row(name, f"{bits:.3f}", style="bold" if name == "this model" else None)
+    console = Console()
+    console.print(table)
+    console.print(f"loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.3f}")
+
+
+def evaluate_command(target: str, overrides: list[str], json_path: str | None) -> int:
+    """Score the checkpoint that `target` (a run folder or a checkpoint) names; returns the exit code."""
+    checkpoint = find_checkpoint(Path(target))
+    manifest = read_manifest(checkpoint)
+    config = from_dict(manifest.progress["config"], overrides, where=str(checkpoint))
+    check_world(config, environment_world_size())
+    mesh = create_mesh(ep=config.parallel.ep, device=config.run.device, timeout_minutes=config.run.timeout_minutes)
+    try:
+        dataset = first_on_each_node(lambda first: open_dataset(config.data, verify=first), mesh)
+        check_vocabulary(dataset, config.model.vocab_size)
+        with torch.device(mesh.device):
+            model = Decoder(config, mesh)
+        load(checkpoint, logical_tensors(model, mesh), mesh, strict=False)
+        score = heldout_score(model, dataset, config, mesh)
+        if mesh.rank == 0:
+            baselines = heldout_baselines(dataset, score.tokens)
+            print(f"checkpoint {checkpoint}, step {manifest.step}; {dataset.describe()}")
+            print_score(score, baselines)
+            if json_path is not None:
+                result = {
+                    "checkpoint": str(checkpoint),
+                    "step": manifest.step,
+                    "tokens": score.tokens,
+                    **score.metrics(),
+                    "baselines/bits_per_byte": baselines,
+                }
+                write_text(Path(json_path), json.dumps(result, indent=2) + "\n")
+    finally:
+        destroy_mesh()
+    return 0

@@ -1,0 +1,368 @@
+"""The decoder: embedding, attention, dense or MoE feed-forward layers, head.
+
+Shapes: B sequences, S positions, T = B·S tokens, D width, H query heads, V vocabulary, F dense feed-forward width,
+E experts (on this rank: E / ep), I expert width, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig
+from moetrain.data import IGNORED
+from moetrain.kernels import Activation, Routing, choose_backend, expert_mlp, gated_activation
+from moetrain.parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher, Mesh
+from moetrain.router import Router, RouterStats
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ (+ b) in the dtype of x; the weight [out, in] is kept in its own dtype (master weights)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) ⊙ w over the last dimension (arXiv 1910.07467), statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, head_dim] of rotary position embedding (arXiv 2104.09864, eq. 15), float32.
+
+    Halves are rotated against each other (dimension i with i + head_dim/2), as Hugging Face checkpoints have it.
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequencies).repeat(1, 2)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Rotate queries or keys by their positions; computed in float32, returned in the dtype of x."""
+    x = x_BHSd.to(torch.promote_types(x_BHSd.dtype, torch.float32))
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_Sd + torch.cat([-second, first], -1) * sin_Sd).to(x_BHSd.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary positions and optional query/key norms."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.head_dim = model.head_width
+        queries, keys = model.n_heads * self.head_dim, model.kv_heads * self.head_dim
+        self.wq = Linear(model.dim, queries, bias=model.qkv_bias, dtype=dtype)
+        self.wk = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
+        self.wv = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
+        self.wo = Linear(queries, model.dim, dtype=dtype)
+        self.norm_per_head = model.qk_norm == "head"
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if model.qk_norm != "none":
+            self.q_norm = RMSNorm(self.head_dim if self.norm_per_head else queries, model.norm_eps, dtype)
+            self.k_norm = RMSNorm(self.head_dim if self.norm_per_head else keys, model.norm_eps, dtype)
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
+        q, k = self.wq(x_BSD), self.wk(x_BSD)
+        if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.wv(x_BSD)))
+        if self.q_norm is not None and self.k_norm is not None and self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        y_BHSd = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.wo(y_BHSd.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """W_down (act(W_gate x) ⊙ W_up x), gate and up as one matrix [2F, D]."""
+
+    def __init__(self, dim: int, inner: int, activation: Activation, dtype: torch.dtype):
+        super().__init__()
+        self.w_gate_up = Linear(dim, 2 * inner, dtype=dtype)
+        self.w_down = Linear(inner, dim, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_down(gated_activation(self.w_gate_up(x), self.activation))
+
+
+class SharedExpert(nn.Module):
+    """A feed-forward network that sees every token, optionally scaled by sigmoid(x·w)."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.ffn = FeedForward(model.dim, model.shared_dim, model.activation, dtype)
+        self.gate = Linear(model.dim, 1, dtype=dtype) if model.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn(x)
+        return y if self.gate is None else y * self.gate(x).sigmoid()
+
+
+class Experts(nn.Module):
+    """The experts of one layer that live on this rank: `w_gate_up` [E, 2I, D] and `w_down` [E, D, I]."""
+
+    def __init__(self, model: ModelConfig, num_local: int, backend: str, dtype: torch.dtype):
+        super().__init__()
+        self.w_gate_up = nn.Parameter(torch.empty(num_local, 2 * model.expert_dim, model.dim, dtype=dtype))
+        self.w_down = nn.Parameter(torch.empty(num_local, model.dim, model.expert_dim, dtype=dtype))
+        self.activation = model.activation
+        self.backend = backend
+
+    def forward(self, x_RD: Tensor, routing: Routing) -> Tensor:
+        return expert_mlp(
+            x_RD,
+            self.w_gate_up.to(x_RD.dtype),
+            self.w_down.to(x_RD.dtype),
+            routing,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+
+class MoE(nn.Module):
+    """Router, dispatcher, experts: three parts that know one another only through `Routing`."""
+
+    def __init__(self, config: Config, mesh: Mesh | None, dtype: torch.dtype):
+        super().__init__()
+        model = config.model
+        ep = 1 if mesh is None else mesh.ep
+        self.router = Router(
+            model.dim,
+            model.num_experts,
+            config.router,
+            balance_group=None if mesh is None or mesh.world_size == 1 else cast(Any, dist.group.WORLD),
+            param_dtype=dtype,
+        )
+        self.dispatcher: Dispatcher = (
+            LocalDispatcher() if mesh is None or ep == 1 else AllToAllDispatcher(mesh.ep_group)
+        )
+        self.experts = Experts(model, model.num_experts // ep, config.kernels.experts, dtype)
+        self.shared = SharedExpert(model, dtype) if model.shared_dim else None
+        self.recompute_experts = False
+
+    def forward(self, x_BSD: Tensor, prior_load_E: Tensor | None, noise_seed: int | None) -> tuple[Tensor, RouterStats]:
+        routing, stats = self.router(x_BSD, prior_load_E=prior_load_E, noise_seed=noise_seed)
+        dispatched = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        y_RD = _maybe_checkpoint(self.recompute_experts, self.experts, dispatched.x_RD, dispatched.routing)
+        y_BSD = self.dispatcher.combine(y_RD, dispatched).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(x_BSD)
+        return y_BSD, stats
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: Config, layer: int, mesh: Mesh | None, dtype: torch.dtype):
+        super().__init__()
+        model = config.model
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.attention = Attention(model, dtype)
+        self.ffn_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.is_moe = model.is_moe_layer(layer)
+        self.ffn = (
+            MoE(config, mesh, dtype) if self.is_moe else FeedForward(model.dim, model.ffn_dim, model.activation, dtype)
+        )
+        self.recompute_attention = False
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1SS: Tensor | None,
+        prior_load_E: Tensor | None,
+        noise_seed: int | None,
+    ) -> tuple[Tensor, RouterStats | None]:
+        x_BSD = _maybe_checkpoint(self.recompute_attention, self.attend, x_BSD, rotary, mask_B1SS)
+        h_BSD = self.ffn_norm(x_BSD)
+        if not self.is_moe:
+            return x_BSD + self.ffn(h_BSD), None
+        y_BSD, stats = self.ffn(h_BSD, prior_load_E, noise_seed)
+        return x_BSD + y_BSD, stats
+
+    def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
+        return x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask_B1SS)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model with this rank's share of the experts.
+
+    Under ``torch.device("meta")`` it is built without memory. Weights are undefined until :meth:`initialize` or a
+    checkpoint fills them.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh | None = None):
+        """`mesh` None: all experts on this rank and no collectives."""
+        super().__init__()
+        model = config.model
+        dtype = getattr(torch, config.train.param_dtype)
+        self.config = config
+        self.expert_rank = 0 if mesh is None else mesh.ep_rank
+        self.embedding = nn.Parameter(torch.empty(model.vocab_size, model.dim, dtype=dtype))
+        self.blocks = nn.ModuleList(Block(config, layer, mesh, dtype) for layer in range(model.n_layers))
+        self.norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.head = None if model.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+        self.moe_layers = [layer for layer in range(model.n_layers) if model.is_moe_layer(layer)]
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._apply_activation_checkpointing(config.train.activation_checkpointing)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the activations between the layers."""
+        name = self.config.train.dtype
+        if name == "auto":
+            on_gpu = self.embedding.device.type == "cuda"
+            return torch.bfloat16 if on_gpu else torch.promote_types(self.embedding.dtype, torch.float32)
+        return getattr(torch, name)
+
+    @property
+    def expert_backend(self) -> str:
+        """Name of the implementation that computes the experts here."""
+        return choose_backend(self.config.kernels.experts, self.embedding.device, self.compute_dtype)
+
+    def routers(self) -> list[Router]:
+        """The routers of the MoE layers, in order."""
+        return [cast(MoE, self.blocks[layer].ffn).router for layer in self.moe_layers]
+
+    @staticmethod
+    def is_expert_parameter(name: str) -> bool:
+        """Whether a parameter (by its name) is sharded over the expert-parallel ranks along its first dimension."""
+        return ".ffn.experts." in name
+
+    def compile_dense_parts(self) -> None:
+        """torch.compile attention, dense feed-forward layers and shared experts; routing depends on data and is not."""
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward | RMSNorm):
+                module.compile()
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill the weights from a generator for each parameter and expert, so that they do not depend on ep.
+
+        Matrices are normal with `model.init_std`, those that write into the residual stream scaled by 1/√(2·layers)
+        (GPT-2); norms are 1, biases 0.
+        """
+        model = self.config.model
+        residual_scale = (2 * model.n_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0 if "norm" in name else 0.0)
+                continue
+            residual = name.endswith((".wo.weight", ".w_down", ".w_down.weight"))
+            std = model.init_std * (residual_scale if residual else 1.0)
+            if self.is_expert_parameter(name):
+                first = self.expert_rank * parameter.shape[0]
+                for local, expert in enumerate(parameter):
+                    expert.normal_(0.0, std, generator=_generator(seed, f"{name}.{first + local}", parameter.device))
+            else:
+                parameter.normal_(0.0, std, generator=_generator(seed, name, parameter.device))
+        for router in self.routers():
+            router.bias.zero_()
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        *,
+        prior_load_LE: Tensor | None = None,
+        noise_seed: int | None = None,
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Hidden states [B, S, D] after the last norm, and the router statistics of the MoE layers in order.
+
+        `tokens_BS` int64; `documents_BS` int: a token attends only to tokens of its own document. `prior_load_LE` and
+        `noise_seed` are described at :meth:`Router.forward`.
+        """
+        rotary = self._rotary_tables(tokens_BS.shape[1])
+        mask = None if documents_BS is None else document_mask(documents_BS)
+        x_BSD = F.embedding(tokens_BS, self.embedding).to(self.compute_dtype)
+        all_stats: list[RouterStats] = []
+        for layer, block in enumerate(self.blocks):
+            index = len(all_stats)
+            prior_load_E = prior_load_LE[index] if prior_load_LE is not None and block.is_moe else None
+            seed = None if noise_seed is None else noise_seed * len(self.blocks) + layer
+            x_BSD, stats = _maybe_checkpoint(self._recompute[layer], block, x_BSD, rotary, mask, prior_load_E, seed)
+            if stats is not None:
+                all_stats.append(stats)
+        return self.norm(x_BSD), all_stats
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, [..., V] in the dtype of `hidden`."""
+        weight = self.embedding if self.head is None else self.head
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+    def cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, *, chunk_tokens: int = 8192) -> Tensor:
+        """Sum of −log p(target) over the targets that are not IGNORED, in nats; 0-D float32 or wider.
+
+        The logits of `chunk_tokens` tokens at a time exist, and are computed again in the backward pass.
+        """
+        total = hidden_BSD.new_zeros((), dtype=torch.promote_types(hidden_BSD.dtype, torch.float32))
+        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+        chunks = list(zip(hidden_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True))
+        for hidden, targets in chunks:
+            total = total + _maybe_checkpoint(len(chunks) > 1, self._chunk_cross_entropy, hidden, targets)
+        return total
+
+    def _chunk_cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        logits_TV = self.logits(hidden_TD)
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+
+    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tables for positions 0 … length − 1, made once."""
+        if self._rotary is None or self._rotary[0].shape[0] < length:
+            model = self.config.model
+            self._rotary = rotary_tables(length, model.head_width, model.rope_theta, self.embedding.device)
+        return self._rotary[0][:length], self._rotary[1][:length]
+
+    def _apply_activation_checkpointing(self, config: ActivationCheckpointingConfig) -> None:
+        chosen = [layer % config.every == 0 for layer in range(len(self.blocks))]
+        self._recompute = [config.mode == "full" and on for on in chosen]
+        for module, on in zip(self.blocks, chosen, strict=True):
+            block = cast(Block, module)
+            block.recompute_attention = config.mode == "selective" and on
+            if block.is_moe:
+                cast(MoE, block.ffn).recompute_experts = config.mode == "selective" and on
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """bool [B, 1, S, S], True where a query may see a key: the same document and not later."""
+    length = documents_BS.shape[1]
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return (same_BSS & torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril())[:, None]
+
+
+def _maybe_checkpoint(recompute: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function, in training keeping only its inputs if `recompute`."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed((seed << 32) + zlib.crc32(name.encode()))

@@ -1,0 +1,222 @@
+"""What a run will take: parameters, memory of a rank and arithmetic of a step, from the config alone.
+
+Widths: D model, E experts, K experts a token, I expert, F dense feed-forward, S shared expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.config import Config, check_world
+from moetrain.flops import ParameterCount, TrainingFlops, flops_per_token, parameters
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on `world_size` ranks. Bytes are of one rank; all ranks are alike."""
+
+    world_size: int
+    parameters: ParameterCount
+    rank_parameters: int
+    """Dense parameters, which every rank holds, and 1 / ep of the experts."""
+    weight_bytes: int
+    gradient_bytes: int
+    moment_bytes: int
+    """Adam's two moments."""
+    copy_bytes: int
+    """The weights once more in the arithmetic's dtype, where `train.param_dtype` is wider: forward to backward."""
+    activation_bytes: int
+    """An estimate: see :func:`activation_bytes`."""
+    flops_per_token: TrainingFlops
+    tokens_per_step: int
+    accumulation_steps: int
+    expert_ranks: tuple[tuple[range, range], ...]
+    """(experts, ranks that hold them), in logical experts of every MoE layer; empty for a dense model."""
+
+    @property
+    def flops_per_step(self) -> int:
+        """Of all ranks together."""
+        return self.flops_per_token.total * self.tokens_per_step
+
+    @property
+    def rank_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.copy_bytes + self.activation_bytes
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Plan a run; raises ConfigError if the config does not fit `world_size`. Uses no GPU and makes no tensor."""
+    check_world(config, world_size)
+    count = parameters(config)
+    ep = config.parallel.ep
+    rank_parameters = count.dense + count.experts // ep
+    size, compute_size = _BYTES[config.train.param_dtype], _BYTES[compute_dtype(config)]
+    weight_bytes = rank_parameters * size
+    owned = config.model.num_experts // ep
+    return Plan(
+        world_size=world_size,
+        parameters=count,
+        rank_parameters=rank_parameters,
+        weight_bytes=weight_bytes,
+        gradient_bytes=weight_bytes,
+        moment_bytes=2 * weight_bytes,
+        copy_bytes=rank_parameters * compute_size if compute_size < size else 0,
+        activation_bytes=activation_bytes(config),
+        flops_per_token=flops_per_token(config),
+        tokens_per_step=config.train.tokens_per_step,
+        accumulation_steps=config.accumulation_steps(world_size // config.parallel.tp),
+        expert_ranks=tuple(
+            (range(place * owned, (place + 1) * owned), range(place, world_size, ep))
+            for place in range(ep)
+            if owned > 0
+        ),
+    )
+
+
+def compute_dtype(config: Config) -> str:
+    """``train.dtype``; where that is auto, what it will be: float32 if ``run.device`` is cpu, bfloat16 otherwise."""
+    if config.train.dtype != "auto":
+        return config.train.dtype
+    return "float32" if config.run.device == "cpu" else "bfloat16"
+
+
+def activation_bytes(config: Config) -> int:
+    """Estimated peak of what autograd keeps for one micro-batch on one rank, in bytes, with balanced experts.
+
+    A token keeps, in the arithmetic's dtype unless said otherwise:
+
+    - attention: the layer's input and its normalised copy, queries, keys, values and the output of every head; with
+      QK-norm also the queries and keys before it;
+    - feed-forward: its input and its normalised copy; 4F (gate, up, activated gate, product) of a dense network;
+    - in its place in an MoE layer: K copies of the row and 5I for each (as above, and the weighted product); 3E of
+      the router and its copy of the row, in float32; 4S of a shared expert and D if it is gated;
+    - head: its input and its normalised copy; the logits, and in float32 their copy and log-probabilities, of at most
+      8192 tokens at a time.
+
+    Activation checkpointing replaces a layer by its input (full), or attention by its input and the experts by
+    theirs (selective), which is the normalised copy, or with ep > 1 the rows that arrived, at most min(K, ep) a token.
+    The peak is at the loss, with the head's tensors, or later at the recomputation of the largest part.
+
+    Not counted: gradients of activations, buffers of collectives, workspaces, fragmentation.
+    """
+    model, ep, checkpointing = config.model, config.parallel.ep, config.train.activation_checkpointing
+    tokens = config.train.micro_batch * config.data.seq_len
+    size = _BYTES[compute_dtype(config)]
+    D, K, heads = model.dim, config.router.top_k, (model.n_heads + model.kv_heads) * model.head_width
+
+    attention = (2 * D + (2 if model.qk_norm == "none" else 3) * heads) * size
+    experts = K * (D + 5 * model.expert_dim) * size
+    arriving = min(K, ep) * D * size if ep > 1 else 0
+    shared = (4 * model.shared_dim + (D if model.shared_gate else 0)) * size
+    router = 4 * 3 * model.num_experts + (4 * D if size < 4 else 0)
+    kept, recomputed = 0, 0
+    for layer in range(model.n_layers):
+        if model.is_moe_layer(layer):
+            replaceable, others = experts, 2 * D * size + router + shared
+        else:
+            replaceable, others = 0, (2 * D + 4 * model.ffn_dim) * size
+        mode = checkpointing.mode if layer % checkpointing.every == 0 else "none"
+        if mode == "full":
+            kept += D * size
+            recomputed = max(recomputed, attention + replaceable + others)
+        elif mode == "selective":
+            kept += D * size + others + (arriving if replaceable else 0)
+            recomputed = max(recomputed, attention, replaceable)
+        else:
+            kept += attention + replaceable + others
+    logits = model.vocab_size * (8 + (size if size < 4 else 0)) * min(tokens, 8192)
+    head = 2 * D * size * tokens + logits
+    return kept * tokens + max(recomputed * tokens, head)
+
+
+def plan_command(config: Config, world_size: int) -> int:
+    """Print the plan; returns exit code 0. Raises ConfigError if the config does not fit `world_size`."""
+    plan = make_plan(config, world_size)
+    count, train, parallel = plan.parameters, config.train, config.parallel
+    moe_layers = sum(config.model.is_moe_layer(layer) for layer in range(config.model.n_layers))
+    checkpointing = train.activation_checkpointing
+
+    table = Table(
+        title=f"{config.run.dir}: {_plural(world_size, 'rank')}, ep = {parallel.ep}",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+
+    table.add_row("Parameters", _count(count.total), f"{count.total:,}")
+    table.add_row("  of a token (active)", _count(count.active), f"{100 * count.active / count.total:.1f}% of all")
+    if moe_layers:
+        table.add_row(
+            "  of the experts",
+            _count(count.experts),
+            f"{_plural(moe_layers, 'layer')} of {config.model.num_experts}, {config.router.top_k} a token",
+        )
+    table.add_row(
+        "  of a rank",
+        _count(plan.rank_parameters),
+        "everything" if parallel.ep == 1 else f"1/{parallel.ep} of the experts",
+    )
+    table.add_section()
+
+    activations = f"{_plural(train.micro_batch, 'sequence')} of {config.data.seq_len:,}, {compute_dtype(config)}"
+    if checkpointing.mode != "none":
+        activations += f", {checkpointing.mode} checkpointing"
+    table.add_row("Memory of a rank", _bytes(plan.rank_bytes), "without workspaces and fragmentation")
+    table.add_row("  weights", _bytes(plan.weight_bytes), train.param_dtype)
+    table.add_row("  gradients", _bytes(plan.gradient_bytes), train.param_dtype)
+    table.add_row("  Adam's moments", _bytes(plan.moment_bytes), train.param_dtype)
+    if plan.copy_bytes:
+        table.add_row("  copies of the weights", _bytes(plan.copy_bytes), compute_dtype(config))
+    table.add_row("  activations, about", _bytes(plan.activation_bytes), activations)
+    table.add_section()
+
+    flops = plan.flops_per_token
+    table.add_row("FLOPs of a token", _count(flops.total), f"{100 * flops.attention / flops.total:.1f}% in attention")
+    table.add_row("FLOPs of a step", _count(plan.flops_per_step), f"{_count(plan.flops_per_step / world_size)} a rank")
+    table.add_row("Tokens of a step", f"{plan.tokens_per_step:,}", f"{plan.tokens_per_step * train.steps:,} in all")
+    table.add_row("Accumulation", f"{plan.accumulation_steps:,}", "micro-batches of a rank in a step")
+    if plan.expert_ranks:
+        table.add_section()
+    shown = plan.expert_ranks if len(plan.expert_ranks) <= 8 else plan.expert_ranks[:7]
+    for experts, ranks in shown:
+        name = f"Expert {experts.start}" if len(experts) == 1 else f"Experts {experts.start}–{experts.stop - 1}"
+        table.add_row(name, "", f"on {_ranks(ranks)}")
+    if len(shown) < len(plan.expert_ranks):
+        table.add_row("  …", "", f"and so on: {_plural(len(plan.expert_ranks[0][0]), 'expert')} a rank")
+    Console().print(table)
+    return 0
+
+
+def _count(value: float) -> str:
+    """Four significant digits and a decimal unit: 6.919 G."""
+    return _scaled(value, 1000, ("", " k", " M", " G", " T", " P", " E", " Z"))
+
+
+def _bytes(value: float) -> str:
+    """Four significant digits and a binary unit: 7.776 GiB."""
+    return _scaled(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while value >= 1000 and power < len(units) - 1:
+        value /= base
+        power += 1
+    return f"{value:.4g}{units[power]}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _ranks(ranks: range) -> str:
+    names = [str(rank) for rank in ranks]
+    if len(names) > 6:
+        names[3:-1] = ["…"]
+    return f"{'rank' if len(names) == 1 else 'ranks'} {', '.join(names)}"

@@ -1,0 +1,381 @@
+"""The training loop: data → loss → gradients → update, with metrics, held-out scores and checkpoints around it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.checkpoint import Checkpointer, find_resume, load, read_manifest
+from moetrain.config import Config, check_world, config_hash, to_yaml
+from moetrain.data import Batch, Dataset, Loader, check_vocabulary, open_dataset
+from moetrain.errors import CheckpointError, UserError
+from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
+from moetrain.files import write_text
+from moetrain.flops import parameters
+from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
+from moetrain.model import Decoder
+from moetrain.optim import build_optimizer, learning_rate, set_learning_rate
+from moetrain.parallel import (
+    Mesh,
+    any_rank,
+    clip_gradients,
+    create_mesh,
+    destroy_mesh,
+    environment_world_size,
+    first_on_each_node,
+    gradient_norm,
+    reduce_gradients,
+)
+from moetrain.plot import plot_losses
+from moetrain.router import RouterStats, RoutingTotals
+from moetrain.state import logical_tensors
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Asked to stop, a run finishes its step, saves and ends with exit code 0."""
+
+
+def train(config: Config) -> int:
+    """Train as the config says, in the process group that the environment describes; returns the exit code."""
+    check_world(config, environment_world_size())
+    check_trackers(config)
+    mesh = create_mesh(
+        tp=config.parallel.tp,
+        ep=config.parallel.ep,
+        device=config.run.device,
+        timeout_minutes=config.run.timeout_minutes,
+    )
+    try:
+        Trainer(config, mesh).run()
+    finally:
+        destroy_mesh()
+    return 0
+
+
+@dataclass
+class Progress:
+    """How far a run is. Saved in every checkpoint."""
+
+    step: int = 0
+    """Steps done."""
+    samples: int = 0
+    """Sequences read by all ranks."""
+    tokens: int = 0
+    bad_steps: int = 0
+    """Steps skipped for a NaN or Inf gradient …"""
+    bad_steps_in_a_row: int = 0
+    """… and how many of them were the last ones."""
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config = config
+        self.mesh = mesh
+        self.folder = Path(config.run.dir)
+        self.accumulation = config.accumulation_steps(mesh.dp)
+        self.progress = Progress()
+        self.stop_requested = False
+        self.saved_step: int | None = None
+        self.checkpoint_stall = 0.0
+        self.logger: MetricsLogger | None = None
+
+        self.dataset = first_on_each_node(self._open_dataset, mesh)
+        with torch.device(mesh.device):
+            self.model = Decoder(config, mesh)
+        self.expert_parameters = [p for n, p in self.model.named_parameters() if Decoder.is_expert_parameter(n)]
+        self.dense_parameters = [p for n, p in self.model.named_parameters() if not Decoder.is_expert_parameter(n)]
+        self.optimizer = build_optimizer(self.model, config.optim, mesh.device)
+
+        checkpoints = self.folder / "checkpoints"
+        source = find_resume(checkpoints, config.checkpoint.resume, mesh)
+        if source is None:
+            self.model.initialize(config.train.seed)
+        else:
+            self._resume(source)
+        self.checkpointer = Checkpointer(
+            checkpoints,
+            mesh,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        if config.train.compile:
+            self.model.compile_dense_parts()
+        self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
+        if mesh.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.yaml", to_yaml(config))
+            self.logger = MetricsLogger(config, self.folder, resume_step=self.progress.step)
+            self._announce(source)
+
+    def run(self) -> None:
+        """Train to the last step (or until asked to stop), then save, score and plot."""
+        total_steps = self.config.train.steps
+        loader = Loader(
+            split=self.dataset.train,
+            seq_len=self.config.data.seq_len,
+            micro_batch=self.config.train.micro_batch,
+            accumulation=self.accumulation,
+            dp_rank=self.mesh.dp_rank,
+            dp_size=self.mesh.dp,
+            seed=self.config.train.seed,
+            end_of_document=self.dataset.end_of_document,
+            mask_documents=self.config.data.mask_documents,
+            prefetch=self.config.data.prefetch,
+            pin=self.mesh.device.type == "cuda",
+            start_sample=self.progress.samples,
+        )
+        try:
+            with self._stop_signals(), self._profiler() as profiler:
+                batches = iter(loader)
+                while self.progress.step < total_steps and not any_rank(self.stop_requested, self.mesh):
+                    self._step(batches)
+                    if profiler is not None:
+                        profiler.step()
+                    self.progress.samples = loader.state_dict()["samples"]
+                    last = self.progress.step == total_steps
+                    if not last and _due(self.progress.step, self.config.checkpoint.every):
+                        self._save()
+                    if not last and _due(self.progress.step, self.config.eval.every):
+                        self._evaluate()
+                self._finish()
+        finally:
+            loader.close()
+            self.checkpointer.close()
+            if self.logger is not None:
+                self.logger.close()
+
+    # One step
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """Forward and backward over the micro-batches, one update, and the report."""
+        config, progress = self.config, self.progress
+        self.model.train()
+        loss, routing = self._accumulate_gradients(batches)
+        reduce_gradients(self.dense_parameters, self.expert_parameters, self.mesh)
+        norm = gradient_norm(self.dense_parameters, self.expert_parameters, self.mesh)
+        lr = learning_rate(progress.step, config.train.steps, config.optim)
+        finite = self._update(norm, lr, routing)
+
+        progress.step += 1
+        progress.tokens += config.train.tokens_per_step
+        self.throughput.step()
+        if progress.step == 1 or _due(progress.step, config.metrics.every) or progress.step == config.train.steps:
+            self._report(loss, norm, lr, routing)
+        if not finite:
+            self._count_bad_step(float(norm))
+        else:
+            progress.bad_steps_in_a_row = 0
+
+    def _accumulate_gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, RoutingTotals]:
+        """Gradients of this rank's share of the step; its part of the mean loss, and its routing statistics."""
+        config = self.config
+        loss = torch.zeros((), device=self.mesh.device)
+        routing = RoutingTotals(len(self.model.moe_layers), config.model.num_experts, self.mesh.device)
+        for micro_step in range(self.accumulation):
+            with self.throughput.data_loading():
+                batch = next(batches).to(self.mesh.device)
+            hidden_BSD, layer_stats = self.model(
+                batch.tokens_BS,
+                batch.documents_BS,
+                prior_load_LE=routing.load_LE if micro_step else None,
+                noise_seed=self._noise_seed(micro_step),
+            )
+            # The mean over all tokens of the global batch, whatever the split; see parallel/gradients.py.
+            share = self.model.cross_entropy(hidden_BSD, batch.targets_BS) / config.train.tokens_per_step
+            auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.dp)
+            (share + auxiliary).backward()
+            loss += share.detach()
+            routing.add(layer_stats)
+        return loss, routing
+
+    def _update(self, norm: Tensor, lr: float, routing: RoutingTotals) -> bool:
+        """Clip and step unless the gradient is not finite, which all ranks see alike. Waits for the device once."""
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            if self.config.optim.clip_norm > 0:
+                clip_gradients(self.model.parameters(), norm, self.config.optim.clip_norm)
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            if self.config.router.bias_update_rate > 0:
+                load_LE = routing.reduced(self.mesh.world_size).load_LE
+                for router, load_E in zip(self.model.routers(), load_LE, strict=True):
+                    router.update_bias(load_E)
+        self.optimizer.zero_grad()
+        return finite
+
+    def _noise_seed(self, micro_step: int) -> int:
+        """Different for each forward pass of each rank, and the same again when the step is repeated."""
+        forward = self.progress.step * self.accumulation + micro_step
+        return (self.config.train.seed << 40) + forward * self.mesh.world_size + self.mesh.rank
+
+    def _count_bad_step(self, norm: float) -> None:
+        progress, limit = self.progress, self.config.train.max_bad_steps
+        progress.bad_steps += 1
+        progress.bad_steps_in_a_row += 1
+        self._message(f"step {progress.step}: gradient norm is {norm}, update skipped")
+        if progress.bad_steps_in_a_row >= limit:
+            raise UserError(
+                f"step {progress.step}: {limit} steps in a row had a NaN or Inf gradient (train.max_bad_steps); lower "
+                f"optim.lr, or resume from an earlier checkpoint of {self.folder / 'checkpoints'}"
+            )
+
+    # Around the steps
+
+    def _report(self, loss: Tensor, norm: Tensor, lr: float, routing: RoutingTotals) -> None:
+        if self.mesh.world_size > 1:
+            dist.all_reduce(loss)
+        values = {
+            "loss_metrics/global_avg_loss": float(loss),
+            "grad_norm": float(norm),
+            "lr": lr,
+            "bad_steps": float(self.progress.bad_steps),
+            "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
+            **self.throughput.report(),
+        }
+        self.checkpoint_stall = 0.0
+        if self.model.moe_layers:
+            total = routing.reduced(self.mesh.world_size)
+            balance_L, z_L, entropy_L = (total.means_3L / total.forwards).cpu()
+            values |= moe_metrics(
+                self.model.moe_layers,
+                total.load_LE.cpu(),
+                entropy_L,
+                balance_L,
+                z_L,
+                total.dropped_L.cpu(),
+                self._router_biases(),
+            )
+        if self.logger is not None:
+            self.logger.log(self.progress.step, values)
+
+    def _router_biases(self) -> Tensor | None:
+        if self.config.router.bias_update_rate == 0:
+            return None
+        return torch.stack([router.bias for router in self.model.routers()]).cpu()
+
+    def _evaluate(self) -> Score:
+        with self.throughput.paused():
+            score = heldout_score(self.model, self.dataset, self.config, self.mesh)
+        if self.logger is not None:
+            self.logger.heldout(self.progress.step, score.metrics())
+        return score
+
+    def _save(self) -> None:
+        progress = {**asdict(self.progress), "config": asdict(self.config), "config_hash": config_hash(self.config)}
+        self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.mesh, self.optimizer), progress)
+        self.checkpoint_stall += self.checkpointer.last_stall_seconds
+        self.saved_step = self.progress.step
+
+    def _finish(self) -> None:
+        """Save what is not saved yet; after the last step also score and plot."""
+        step, steps = self.progress.step, self.config.train.steps
+        if self.saved_step != step:
+            self._save()
+        self.checkpointer.wait()
+        if step < steps:
+            self._message(f"asked to stop: saved step {step} of {steps}; the same command goes on from there")
+            return
+        score = self._evaluate()
+        if self.logger is not None:
+            self.logger.close()
+            print_score(score, heldout_baselines(self.dataset, score.tokens))
+            print(f"loss plot:  {plot_losses(self.folder)}")
+            print(f"run folder: {self.folder}")
+
+    # Before and around the loop
+
+    def _open_dataset(self, first: bool) -> Dataset:
+        """`first`: this process is its node's first, which builds the embedded data set and reads the checksums."""
+        dataset = open_dataset(self.config.data, verify=first)
+        check_vocabulary(dataset, self.config.model.vocab_size)
+        return dataset
+
+    def _resume(self, source: Path) -> None:
+        """Continue where a checkpoint of the same model left off."""
+        saved = read_manifest(source).progress
+        old, new = saved["config"], asdict(self.config)
+        different = [f"model.{k}" for k, value in new["model"].items() if old["model"].get(k) != value]
+        if different:
+            raise CheckpointError(
+                f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
+                "run.dir"
+            )
+        load(source, logical_tensors(self.model, self.mesh, self.optimizer), self.mesh)
+        self.progress = Progress(**{name: saved[name] for name in asdict(self.progress)})
+        self.saved_step = self.progress.step if source.parent == self.folder / "checkpoints" else None
+        if any(old["data"][key] != new["data"][key] for key in ("path", "seq_len")):
+            self.progress.samples = 0  # the count is of other sequences
+
+    def _announce(self, source: Path | None) -> None:
+        config, mesh = self.config, self.mesh
+        count = parameters(config)
+        experts = self.model.expert_backend if self.model.moe_layers else "none"
+        self._message(self.dataset.describe())
+        self._message(
+            f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {mesh.world_size} × "
+            f"{mesh.device.type}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
+        )
+        if source is not None:
+            self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
+
+    def _message(self, text: str) -> None:
+        if self.logger is not None:
+            self.logger.message(text)
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """Note the signals that ask for an end; the same one again acts as if this did not exist."""
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.stop_requested = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _profiler(self) -> Iterator[torch.profiler.profile | None]:
+        """Records the steps of train.profile into profile/rank<r>.json.gz, for Perfetto or chrome://tracing."""
+        profile = self.config.train.profile
+        if profile.steps == 0:
+            yield None
+            return
+        file = self.folder / "profile" / f"rank{self.mesh.rank}.json.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        wait = max(0, profile.start - 1)
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(
+                skip_first=max(0, wait - 1), wait=0, warmup=min(1, wait), active=profile.steps, repeat=1
+            ),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(file)),
+            record_shapes=True,
+        ) as profiler:
+            yield profiler
+
+
+def _auxiliary_loss(layers: list[RouterStats], config: Config) -> Tensor | float:
+    """Weighted balance loss and z-loss, summed over layers."""
+    return sum(
+        (config.router.balance_weight * stats.balance_loss + config.router.z_weight * stats.z_loss for stats in layers),
+        start=0.0,
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

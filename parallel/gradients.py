@@ -1,0 +1,84 @@
+"""Gradient reduction over replicas, and the global norm.
+
+Every rank's loss is its share of the global mean, so gradients are summed, never averaged: a dense gradient over all
+ranks, an expert's over the ranks that hold the same expert (its other tokens came by all-to-all already).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetrain.parallel.mesh import Mesh
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def reduce_gradients(dense: Iterable[nn.Parameter], experts: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """Sum gradients over the ranks that hold the same parameters, in place; a missing gradient counts as zero."""
+    _all_reduce(_gradients(dense), dist.group.WORLD, mesh.world_size)
+    _all_reduce(_gradients(experts), mesh.edp_group, mesh.edp)
+
+
+def gradient_norm(dense: Iterable[nn.Parameter], experts: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
+    """2-norm of the whole model's gradient, the same on every rank: float32 (or wider) 0-D tensor.
+
+    Call after :func:`reduce_gradients`. A NaN or Inf on any rank makes it NaN or Inf on every rank.
+    """
+    squared = _squared_norm([p.grad for p in experts if p.grad is not None], mesh.device)
+    if mesh.ep > 1:
+        dist.all_reduce(squared, group=mesh.ep_group)
+    return (squared + _squared_norm([p.grad for p in dense if p.grad is not None], mesh.device)).sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients by min(1, max_norm / norm), in place and without waiting for the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # The same small constant as torch.nn.utils.clip_grad_norm_.
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    return gradients
+
+
+def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=device)
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).square().sum()
+
+
+def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None, size: int) -> None:
+    """Sum each gradient over the group, many small ones in one collective."""
+    if size == 1:
+        return
+    bucket: list[Tensor] = []
+    filled = 0
+    for gradient in gradients:
+        bucket.append(gradient)
+        filled += gradient.numel() * gradient.element_size()
+        if filled >= BUCKET_BYTES:
+            _all_reduce_bucket(bucket, group)
+            bucket, filled = [], 0
+    if bucket:
+        _all_reduce_bucket(bucket, group)
+
+
+def _all_reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0], group=group)
+        return
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    dist.all_reduce(flat, group=group)
+    pieces = flat.split([gradient.numel() for gradient in bucket])
+    torch._foreach_copy_(bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)])
