@@ -39,6 +39,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         return "torch" if device.type == "cuda" and dtype == torch.bfloat16 else "reference"
     if requested not in get_args(Backend):
         raise ValueError(f"backend {requested!r}: there are auto, {', '.join(get_args(Backend))}")
+    if requested == "torch" and dtype == torch.float64:
+        raise ValueError("backend 'torch' has no float64: use 'reference'")
     return requested  # type: ignore[return-value]
 
 

@@ -539,6 +539,7 @@ def check(config: Config) -> None:
         )
     _require(0 <= router.jitter < 1, "router.jitter", router.jitter, "must be in [0, 1)")
 
+    _require(train.seed < 2**63, "train.seed", train.seed, "must be below 2^63")
     _require(
         train.tokens_per_step % (data.seq_len * train.micro_batch) == 0,
         "train.tokens_per_step",

@@ -51,9 +51,9 @@ def test_baselines_equal_the_reference(
 
 def test_baselines_of_known_sources() -> None:
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, 1 << 21, dtype=np.uint8)
-    scores = byte_baselines(noise[: 1 << 20], noise[1 << 20 :])
-    assert scores["unigram"] == pytest.approx(8, abs=0.01)
+    noise = rng.integers(0, 256, 1 << 18, dtype=np.uint8)
+    scores = byte_baselines(noise[: 1 << 17], noise[1 << 17 :])
+    assert scores["unigram"] == pytest.approx(8, abs=0.02)
     assert scores["gzip -9"] > 8
     assert byte_baselines(b"ab" * 5000, b"ab" * 5000)["bigram"] < 0.1
     with pytest.raises(ValueError, match="no held-out bytes"):

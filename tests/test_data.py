@@ -329,6 +329,24 @@ def test_existing_folders(tmp_path: Path, corpus_file: Path, built: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "corpus.jsonl", "precious"]
 
 
+def test_failed_replacement_restores_what_was_there(
+    built: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(built)
+    rename = Path.rename
+
+    def failing_rename(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(DataError, match="Input/output error"):
+        build([str(corpus_file)], built, BytesTokenizer(), force=True, progress=False)
+    assert contents(built) == before
+    assert sorted(path.name for path in built.parent.iterdir()) == ["built", "corpus.jsonl"]
+
+
 @pytest.mark.parametrize(("fraction", "message"), [(1e-9, "held-out document"), (1 - 1e-9, "training document")])
 def test_empty_split_is_an_error(tmp_path: Path, corpus_file: Path, fraction: float, message: str) -> None:
     with pytest.raises(DataError, match=message):

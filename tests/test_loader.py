@@ -190,6 +190,13 @@ def test_documents_start_after_each_end_of_document(dataset: Dataset) -> None:
     assert seen > 5
 
 
+def test_last_sample_has_its_target(dataset: Dataset) -> None:
+    split = dataset.train
+    assert num_samples(split, split.num_tokens - 1) == 1
+    with pytest.raises(DataError):
+        num_samples(split, split.num_tokens)
+
+
 def test_too_little_data_is_an_error(dataset: Dataset) -> None:
     with pytest.raises(DataError, match=r"the train split has \d+ tokens, fewer than data\.seq_len \+ 1 = 100001"):
         make_loader(dataset.train, seq_len=100_000)

@@ -252,15 +252,19 @@ def test_activations_grow_as_autograd_keeps_them(change: dict[str, Any]) -> None
 
 
 def test_activation_checkpointing() -> None:
-    def plan(mode: Any, every: int = 1, layers: int = 8) -> int:
+    def plan(mode: Any, every: int = 1, layers: int = 8, ep: int = 1) -> int:
         checkpointing = ActivationCheckpointingConfig(mode=mode, every=every)
-        config = with_model(TINY, n_layers=layers)
+        config = replace(with_model(TINY, n_layers=layers), parallel=ParallelConfig(ep=ep))
         return activation_bytes(replace(config, train=replace(config.train, activation_checkpointing=checkpointing)))
 
     assert plan("full") < plan("selective") < plan("none")
     assert plan("full") < plan("full", every=2) < plan("none")
-    # Another layer costs its input only: D float32 for each of the 128 tokens.
-    assert plan("full", layers=9) - plan("full", layers=8) == 64 * 4 * 128
+    # Of another layer remains its input, D float32 for each of the 128 tokens …
+    assert plan("full", layers=9) - plan("full") == 4 * 64 * 128
+    # … and in selective mode also the input of the feed-forward part, before and after its norm, and the router's 3E …
+    assert plan("selective", layers=9) - plan("selective") == 4 * (3 * 64 + 3 * 8) * 128
+    # … and the two rows that arrive for each token, if the experts are elsewhere.
+    assert plan("selective", layers=9, ep=2) - plan("selective", ep=2) == 4 * (5 * 64 + 3 * 8) * 128
 
 
 def test_micro_batch_and_dtype_scale_activations() -> None:

@@ -74,23 +74,26 @@ def info_command(args: argparse.Namespace) -> int:
     if args.sample < 0:
         raise DataError(f"--sample {args.sample}: must not be negative")
     dataset = open_dataset(DataConfig(path=args.dir), verify=args.verify)
+    splits = (dataset.train, dataset.heldout)
+    table = Table(title=escape(dataset.name))
+    table.add_column()
+    for split in splits:
+        table.add_column(split.name, justify="right")
+    table.add_row("tokens", *(f"{split.num_tokens:,}" for split in splits))
+    table.add_row("bytes of text", *(f"{split.num_bytes:,}" for split in splits))
+    table.add_row("documents", *(f"{split.num_documents:,}" for split in splits))
+    table.add_row("shards", *(f"{len(split.shards)} × {split.shards[0].dtype}" for split in splits))
+    table.add_row("checksums", *("OK" if args.verify else "not read (--verify)" for _ in splits))
     identity = ", ".join(f"{key} {value}" for key, value in dataset.tokenizer_identity.items())
-    table = Table(title=escape(str(dataset.folder)), caption=escape(f"tokenizer: {identity}"))
-    for heading in ("split", "tokens", "text bytes", "documents", "shards", "dtype", "vocabulary", "checksums"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for split in (dataset.train, dataset.heldout):
-        table.add_row(
-            split.name,
-            f"{split.num_tokens:,}",
-            f"{split.num_bytes:,}",
-            f"{split.num_documents:,}",
-            str(len(split.shards)),
-            split.shards[0].dtype,
-            f"{dataset.vocab_size:,}",
-            "OK" if args.verify else "not read",
-        )
     console = Console()
     console.print(table)
+    facts = {
+        "folder": dataset.folder,
+        "tokenizer": identity,
+        "vocabulary": f"{dataset.vocab_size:,} (end of document: {dataset.end_of_document})",
+    }
+    for name, fact in facts.items():
+        console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
     if args.sample:
         tokens = dataset.train.read(0, min(args.sample, dataset.train.num_tokens))
         console.print(dataset.tokenizer().decode(tokens), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,232 @@
+"""The command line: help, dispatch, and where the work is sent."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+import moetrain
+from moetrain.cli import main
+from moetrain.config import load_config, packaged_configs
+from moetrain.errors import CheckpointError, DataError
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_ERROR_FILE")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for variable in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand-ins for everything that the commands hand their work to; the calls they get."""
+    calls = []
+
+    def stand_in(module, name, returns=0):
+        def function(*arguments):
+            calls.append((name, *arguments))
+            return returns
+
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: function}))
+
+    stand_in("moetrain.trainer", "train")
+    stand_in("moetrain.evaluate", "evaluate_command")
+    stand_in("moetrain.plan", "plan_command")
+    for launcher in ("torchrun", "deepspeed"):
+        monkeypatch.setattr(f"moetrain.launch.{launcher}.run", lambda *a, who=launcher: calls.append((who, *a)) or 0)
+    return calls
+
+
+def fail_with(monkeypatch, error):
+    def train(config):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "moetrain.trainer", types.SimpleNamespace(train=train))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["train", "evaluate", "data", "config", "plan", "examples:"]),
+        (["train"], ["CONFIG", "key=value", "--nproc", "--launcher", "default", "examples:"]),
+        (["evaluate"], ["RUN_OR_CHECKPOINT", "--json", "--nproc", "examples:"]),
+        (["data"], ["build", "info", "examples:"]),
+        (["data", "build"], ["--out", "--tokenizer", "default", "examples:"]),
+        (["data", "info"], ["--verify", "examples:"]),
+        (["config"], ["CONFIG", "list", "examples:"]),
+        (["plan"], ["--world-size", "default", "examples:"]),
+    ],
+)
+def test_help(command, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert [word for word in words if word not in text] == []
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"moetrain {moetrain.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "tiny"], ["config"]])
+def test_quick_commands_do_without_torch(arguments):
+    program = (
+        "import sys\nfrom moetrain.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+
+
+def test_config_prints_what_it_reads(capsys, tmp_path):
+    assert main(["config", "tiny", "train.steps=7"]) == 0
+    file = tmp_path / "tiny.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config(str(file)) == load_config("tiny", ["train.steps=7"])
+
+
+def test_config_lists_the_packaged_ones(capsys):
+    assert main(["config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(packaged_configs())
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_train_in_this_process(calls):
+    assert main(["train", "tiny", "train.steps=7"]) == 0
+    assert calls == [("train", load_config("tiny", ["train.steps=7"]))]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--nproc", "1"], ("train",)),
+        (["--launcher", "none"], ("train",)),
+        (["--nproc", "2"], ("torchrun", 2)),
+        (["--nproc", "1", "--launcher", "torchrun"], ("torchrun", 1)),
+        (["--nproc", "4", "--launcher", "deepspeed"], ("deepspeed", 4)),
+        (["--nproc", "auto"], ("torchrun", 2)),
+        (["--launcher", "deepspeed"], ("deepspeed", 2)),
+    ],
+)
+def test_train_is_sent_to_the_launcher(options, expected, calls, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("moetrain.launch.torchrun.usable_cores", lambda: 16)
+    # Overrides may stand on both sides of the options.
+    assert main(["train", "tiny", "train.steps=7", *options, "optim.lr=0.5"]) == 0
+    if expected[0] == "train":
+        assert calls == [("train", load_config("tiny", ["train.steps=7", "optim.lr=0.5"]))]
+    else:
+        launcher, nproc = expected
+        assert calls == [(launcher, ["train", "tiny", "train.steps=7", "optim.lr=0.5"], nproc)]
+
+
+def test_nproc_auto_is_one_process_a_gpu(calls, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert main(["train", "tiny", "--nproc", "auto"]) == 0
+    monkeypatch.setattr("moetrain.launch.torchrun.usable_cores", lambda: 1)
+    assert main(["train", "tiny", "--nproc", "auto", "run.device=cpu"]) == 0
+    assert [call[0] for call in calls] == ["torchrun", "train"]
+    assert calls[0][-1] == 4
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "names"),
+    [(2, ["--nproc", "4"], "--nproc 4"), (0, ["--nproc", "2", "run.device=cuda"], "run.device = cuda")],
+)
+def test_missing_gpus_are_found_before_the_start(gpus, arguments, names, calls, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert main(["train", "tiny", *arguments]) == 2
+    assert calls == []
+    error = capsys.readouterr().err
+    assert names in error
+    assert error.count("\n") == 1
+
+
+def test_evaluate(calls):
+    assert main(["evaluate", "runs/x", "eval.tokens=512", "--json", "score.json"]) == 0
+    assert main(["evaluate", "runs/x", "--nproc", "2", "eval.tokens=512", "--json", "score.json"]) == 0
+    assert calls == [
+        ("evaluate_command", "runs/x", ["eval.tokens=512"], "score.json"),
+        ("torchrun", ["evaluate", "runs/x", "eval.tokens=512", "--json", "score.json"], 2),
+    ]
+
+
+def test_plan(calls):
+    assert main(["plan", "tiny", "--world-size", "4", "parallel.ep=4"]) == 0
+    assert calls == [("plan_command", load_config("tiny", ["parallel.ep=4"]), 4)]
+
+
+def test_data_build_and_info(tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"document {number}\n" * 50)
+    assert main(["data", "build", str(text), "--out", str(tmp_path / "shards")]) == 0
+    assert main(["data", "info", str(tmp_path / "shards"), "--verify"]) == 0
+    capsys.readouterr()
+    assert main(["data", "info", str(tmp_path / "nothing")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("moetrain: error: ")
+    assert error.count("\n") == 1
+
+
+def test_under_a_launcher_it_joins(calls, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "tiny"]) == 0
+    assert [call[0] for call in calls] == ["train"]
+
+
+def test_under_a_launcher_the_world_is_checked(calls, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["train", "tiny", "parallel.ep=2"]) == 2
+    assert calls == []
+    assert "world size of 3" in capsys.readouterr().err
+
+
+def test_under_a_launcher_no_second_one_starts(calls, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "tiny", "--nproc", "2"]) == 2
+    assert calls == []
+    assert "--nproc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [DataError("shard 3 is short"), CheckpointError("shard 3\nis short")])
+def test_user_errors_are_one_line(error, monkeypatch, capsys):
+    fail_with(monkeypatch, error)
+    assert main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err == "moetrain: error: shard 3 is short\n"
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest's stderr is no file
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_only_rank_0_prints_a_user_error_but_all_record_it(rank, lines, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    fail_with(monkeypatch, DataError("shard 3 is short"))
+    assert main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err.count("\n") == lines
+    recorded = json.loads((tmp_path / "error.json").read_text())
+    assert recorded["message"]["message"] == "DataError: shard 3 is short"
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    fail_with(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "tiny"])
+
+
+def test_interrupt(monkeypatch):
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert main(["train", "tiny"]) == 130

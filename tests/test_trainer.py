@@ -1,0 +1,290 @@
+"""Whole runs on the CPU: the same numbers on every topology, after every interruption, and nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from ranks import free_port, run_ranks
+
+from moetrain.config import Config, from_dict, load_config, to_yaml
+from moetrain.data.build import build
+from moetrain.data.tokenizer import BytesTokenizer
+from moetrain.errors import CheckpointError, UserError
+from moetrain.parallel import create_mesh, destroy_mesh
+from moetrain.trainer import Trainer, train
+
+SMALL: dict[str, Any] = {
+    "model": {"dim": 32, "n_layers": 2, "n_heads": 2, "num_experts": 4, "expert_dim": 32, "shared_dim": 16},
+    "router": {"score": "sigmoid", "normalize": True, "bias_update_rate": 0.01, "balance_scope": "global"},
+    "data": {"seq_len": 32},
+    "train": {"steps": 8, "tokens_per_step": 512, "micro_batch": 4},
+    "optim": {"lr": 5e-3, "warmup_steps": 2},
+    "checkpoint": {"every": 3},
+    "eval": {"every": 4, "tokens": 512},
+    "metrics": {"every": 1, "console": "none"},
+    "run": {"device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand bytes of text, built once."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(40):
+        text = "\n".join(f"{number + i} squared is {(number + i) ** 2}" for i in range(20))
+        (folder / f"{number:02}.txt").write_text(text)
+    out = folder / "built"
+    build([str(folder)], out, BytesTokenizer(), held_out_fraction=0.2, workers=1, progress=False)
+    return out
+
+
+def make_config(folder: Path, data: Path, *overrides: str) -> Config:
+    return from_dict(SMALL, [f"run.dir={folder}", f"data.path={data}", *overrides])
+
+
+def run(config: Config) -> None:
+    assert train(config) == 0
+
+
+def metrics(folder: Path | str) -> dict[int, dict[str, float]]:
+    """step → everything reported at it."""
+    records: dict[int, dict[str, float]] = {}
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        records.setdefault(record["step"], {}).update(record)
+    return records
+
+
+NUMBERS = ("loss_metrics/global_avg_loss", "grad_norm", "lr", "moe/balance_loss", "moe/max_over_mean_load")
+
+
+def numbers(folder: Path | str) -> dict[int, tuple[float, ...]]:
+    """What must not depend on topology or interruptions, step by step."""
+    return {step: tuple(record[key] for key in NUMBERS) for step, record in metrics(folder).items()}
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tmp_path / "run", data_folder)
+    run(config)
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.yaml", "metrics.jsonl", "checkpoints", "loss.png"}
+    assert load_config(str(tmp_path / "run" / "config.yaml")) == config
+    recorded = metrics(tmp_path / "run")
+    assert list(recorded) == list(range(1, 9))
+    assert recorded[8]["loss_metrics/global_avg_loss"] < recorded[1]["loss_metrics/global_avg_loss"]
+    assert recorded[8]["n_tokens_seen"] == 8 * 512
+    assert {"heldout/loss", "heldout/bits_per_byte"} <= recorded[4].keys() & recorded[8].keys()
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("unigram", "bigram", "gzip -9", "this model", "loss.png", "run folder"))
+
+
+@pytest.mark.parametrize("crash_after", [2, 5])
+def test_resume_after_a_crash_is_bit_exact(
+    tmp_path: Path, data_folder: Path, crash_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_config(tmp_path / "whole", data_folder))
+    config = make_config(tmp_path / "crashed", data_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", lambda self: None)
+        original = Trainer._step
+
+        def crash(self: Trainer, batches: Any) -> None:
+            original(self, batches)
+            if self.progress.step == crash_after:
+                raise RuntimeError("power cut")
+
+        patch.setattr(Trainer, "_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
+    run(config)
+    assert numbers(tmp_path / "crashed") == numbers(tmp_path / "whole")
+    assert metrics(tmp_path / "crashed")[8]["heldout/loss"] == metrics(tmp_path / "whole")[8]["heldout/loss"]
+
+
+def test_running_a_finished_run_again_only_scores_it(tmp_path: Path, data_folder: Path) -> None:
+    config = make_config(tmp_path / "run", data_folder)
+    run(config)
+    before = metrics(tmp_path / "run")
+    run(config)
+    assert numbers(tmp_path / "run") == {s: tuple(r[k] for k in NUMBERS) for s, r in before.items()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
+    tmp_path: Path, data_folder: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_config(tmp_path / "whole", data_folder))
+    config = make_config(tmp_path / "stopped", data_folder)
+    original = Trainer._step
+
+    def stop_in_step_five(self: Trainer, batches: Any) -> None:
+        if self.progress.step == 4:
+            os.kill(os.getpid(), number)
+        original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stop_in_step_five)
+        run(config)
+    assert (tmp_path / "stopped" / "checkpoints" / "step-00000005").is_dir()
+    assert max(metrics(tmp_path / "stopped")) == 5
+    run(config)
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+
+
+def test_a_bad_gradient_skips_the_update_and_too_many_stop_the_run(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer._accumulate_gradients
+    bad = {3}
+    weights: dict[int, torch.Tensor] = {}
+
+    def poison(self: Trainer, batches: Any) -> Any:
+        result = original(self, batches)
+        step = self.progress.step + 1
+        weights[step] = self.model.embedding.detach().clone()
+        if step in bad:
+            assert self.model.embedding.grad is not None
+            self.model.embedding.grad[0, 0] = math.nan
+        return result
+
+    monkeypatch.setattr(Trainer, "_accumulate_gradients", poison)
+    run(make_config(tmp_path / "one", data_folder, "train.max_bad_steps=2"))
+    assert torch.equal(weights[3], weights[4])
+    assert not torch.equal(weights[4], weights[5])
+    assert metrics(tmp_path / "one")[8]["bad_steps"] == 1
+    assert metrics(tmp_path / "one")[3]["grad_norm"] is None
+
+    bad.update({4})
+    with pytest.raises(UserError, match="step 4: 2 steps in a row had a NaN or Inf gradient"):
+        train(make_config(tmp_path / "two", data_folder, "train.max_bad_steps=2"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, data_folder: Path) -> None:
+    run(make_config(tmp_path / "run", data_folder, "train.steps=2"))
+    with pytest.raises(CheckpointError, match="model\\.expert_dim"):
+        train(make_config(tmp_path / "run", data_folder, "model.expert_dim=64"))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_no_number(tmp_path: Path, data_folder: Path, mode: str) -> None:
+    settings = ["router.jitter=0.1", "router.capacity_factor=1.0", "train.steps=3"]
+    run(make_config(tmp_path / "none", data_folder, *settings))
+    run(make_config(tmp_path / mode, data_folder, *settings, f"train.activation_checkpointing.mode={mode}"))
+    assert numbers(tmp_path / mode) == numbers(tmp_path / "none")
+
+
+def test_document_mask_keeps_documents_apart(tmp_path: Path, data_folder: Path) -> None:
+    """What stands before the end of a document does not change the scores after it; without the mask it does."""
+    from moetrain.model import Decoder
+
+    config = make_config(tmp_path, data_folder)
+    model = Decoder(config)
+    model.initialize(0)
+    model.eval()
+    tokens = torch.randint(0, 256, (1, 12))
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    changed = tokens.clone()
+    changed[0, :5] = (changed[0, :5] + 1) % 256
+    with torch.no_grad():
+        masked = [model(t, documents)[0][0, 5:] for t in (tokens, changed)]
+        plain = [model(t)[0][0, 5:] for t in (tokens, changed)]
+    torch.testing.assert_close(masked[0], masked[1])
+    assert not torch.allclose(plain[0], plain[1])
+
+
+# ---------------------------------------------------------------------------------------------------- several ranks
+
+
+def train_topologies(values: dict[str, Any], topologies: list[tuple[str, list[str]]], ports: list[int]) -> None:
+    """One process of four: a run for each topology, in its own process group."""
+    for (name, overrides), port in zip(topologies, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        train(from_dict(values, [f"run.dir={name}", *overrides]))
+
+
+def test_losses_and_gradient_norms_do_not_depend_on_the_topology(tmp_path: Path, data_folder: Path) -> None:
+    """EP = 1, 2 and 4 on four ranks, and one rank, ten steps from one checkpoint: equal to float32 rounding."""
+    seed = make_config(tmp_path / "seed", data_folder, "train.steps=1", "train.micro_batch=16", "metrics.every=1")
+    run(seed)
+    checkpoint = tmp_path / "seed" / "checkpoints" / "step-00000001"
+    values = dataclasses.asdict(
+        make_config(tmp_path, data_folder, "train.steps=11", f"checkpoint.resume={checkpoint}", "checkpoint.every=0")
+    )
+    run(from_dict(values, [f"run.dir={tmp_path / 'one'}", "train.micro_batch=16"]))
+    topologies = [(str(tmp_path / f"ep{ep}"), [f"parallel.ep={ep}", "train.micro_batch=4"]) for ep in (1, 2, 4)]
+    run_ranks(4, train_topologies, values, topologies, [free_port() for _ in topologies])
+    expected = numbers(tmp_path / "one")
+    assert list(expected) == list(range(2, 12))
+    for folder, _ in topologies:
+        for step, values_there in numbers(folder).items():
+            assert values_there == pytest.approx(expected[step], rel=2e-5), (folder, step)
+        assert metrics(folder)[11]["heldout/loss"] == pytest.approx(
+            metrics(tmp_path / "one")[11]["heldout/loss"], rel=2e-5
+        )
+
+
+def test_a_killed_rank_ends_the_run_and_the_same_command_finishes_it_bit_for_bit(
+    tmp_path: Path, data_folder: Path
+) -> None:
+    overrides = ["train.steps=40", "train.micro_batch=8", "checkpoint.every=5", "eval.every=0", "parallel.ep=2"]
+    config_file = tmp_path / "config.yaml"
+
+    def command(folder: str) -> list[str]:
+        config_file.write_text(to_yaml(make_config(tmp_path / folder, data_folder, *overrides)))
+        return [
+            sys.executable,
+            "-m",
+            "moetrain",
+            "train",
+            str(config_file),
+            "--nproc",
+            "2",
+            f"run.dir={tmp_path / folder}",
+        ]
+
+    assert subprocess.run(command("whole"), timeout=120).returncode == 0
+
+    process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    ranks = {worker.environ().get("RANK"): worker for worker in workers if worker.environ().get("RANK")}
+    ranks["1"].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 137
+    assert "rank 1" in errors
+    assert "SIGKILL" in errors
+    assert not any(worker.is_running() for worker in workers)
+    assert max(metrics(tmp_path / "killed")) < 40
+
+    assert subprocess.run(command("killed"), timeout=120).returncode == 0
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert metrics(tmp_path / "killed")[40]["heldout/loss"] == metrics(tmp_path / "whole")[40]["heldout/loss"]
+
+
+def test_ranks_agree_on_an_error_of_one(tmp_path: Path) -> None:
+    run_ranks(2, fail_on_rank_one)
+
+
+def fail_on_rank_one() -> None:
+    from moetrain.parallel import raise_together
+
+    mesh = create_mesh(device="cpu")
+    with pytest.raises(ValueError, match="of rank 1"):
+        raise_together(ValueError("of rank 1") if mesh.rank == 1 else None, mesh)
+    destroy_mesh()
