@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.baselines import byte_baselines, text_bytes
+from moetrain.baselines import dataset_baselines
 from moetrain.checkpoint import find_checkpoint, load, read_manifest
 from moetrain.config import Config, check_world, from_dict
 from moetrain.data import IGNORED, Dataset, check_vocabulary, heldout_batches, open_dataset
@@ -81,7 +81,7 @@ def heldout_baselines(dataset: Dataset, tokens: int) -> dict[str, float]:
     """Bits per byte of n-grams and compressors on the targets of `tokens` held-out tokens; {} unless data is bytes."""
     if dataset.tokenizer_identity.get("kind") != "bytes":
         return {}
-    return byte_baselines(text_bytes(dataset, dataset.train), text_bytes(dataset, dataset.heldout, 1, tokens))
+    return dataset_baselines(dataset, 1, tokens)
 
 
 def print_score(score: Score, baselines: dict[str, float]) -> None:

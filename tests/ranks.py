@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
+from moetrain.parallel import destroy_mesh
+
 
 def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call `function(*arguments)` in `size` processes that find one another through the environment.
@@ -18,7 +20,7 @@ def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None
     The first exception of any of them is raised here. `function` must be importable (a module's top level).
     """
     # A server that has imported torch once, from which ranks fork, saves seconds a rank.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["moetrain.trainer"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "moetrain.trainer"])
     torch.multiprocessing.start_processes(
         _rank, (size, free_port(), function, arguments), nprocs=size, start_method="forkserver"
     )
@@ -40,3 +42,4 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], argume
     )
     torch.set_num_threads(1)
     function(*arguments)
+    destroy_mesh()

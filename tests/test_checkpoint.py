@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -499,34 +498,9 @@ def on_gpus(folder: Path, _: Path) -> None:
         assert_same_bits({name: whole[name].cpu()}, {name: tensor})
 
 
-def _rank(rank: int, world_size: int, port: int, work: Callable[..., None], *arguments: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    torch.set_num_threads(1)
-    work(*arguments)
-    destroy_mesh()
-
-
-def spawn(world_size: int, work: Callable[..., None], *arguments: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # A fork server imports torch once for all ranks.
-    multiprocessing.set_forkserver_preload(["pytest", "moetrain.checkpoint"])
-    torch.multiprocessing.start_processes(
-        _rank, (world_size, port, work, *arguments), nprocs=world_size, start_method="forkserver"
-    )
-
-
 def test_any_number_of_ranks(saver: Callable[..., Checkpointer], mesh: Mesh, tmp_path: Path) -> None:
     folder = tmp_path / "by four ranks"
-    spawn(4, four_ranks, folder, tmp_path)
+    run_ranks(4, four_ranks, folder, tmp_path)
     path = latest(folder, checksums=True)
     assert path == folder / "step-00000004"
     manifest = checkpoint.read_manifest(path)
@@ -542,12 +516,12 @@ def test_any_number_of_ranks(saver: Callable[..., Checkpointer], mesh: Mesh, tmp
 
     checkpointer = saver()
     checkpointer.save(1, example() | sharded(experts(), mesh), PROGRESS)
-    spawn(2, two_ranks, folder, checkpointer.folder)
+    run_ranks(2, two_ranks, folder, checkpointer.folder)
 
 
 @pytest.mark.parametrize(
     "gpus", [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.gpu2)], ids=lambda n: f"{n} GPU"
 )
 def test_gpus(gpus: int, tmp_path: Path) -> None:
-    spawn(gpus, on_gpus, tmp_path / "checkpoints", tmp_path)
+    run_ranks(gpus, on_gpus, tmp_path / "checkpoints", tmp_path)
     assert verify(tmp_path / "checkpoints" / "step-00000002") == []
