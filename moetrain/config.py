@@ -163,7 +163,8 @@ class TrainConfig:
     tokens_per_step: int = 16_384
     """Tokens of the global batch: all ranks, all accumulation steps. Independent of the number of GPUs."""
     micro_batch: int = 1
-    """Sequences of one forward pass on one rank; the rest of a step is gradient accumulation."""
+    """Sequences of one forward pass on one rank (fewer where its share of a step is smaller); the rest of the share is
+    gradient accumulation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers: auto is bfloat16 on a GPU and float32 on a CPU. Norm statistics, router and loss are
     always float32."""
@@ -273,9 +274,13 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
+    def micro_batch(self, dp: int) -> int:
+        """Sequences of one forward pass on one of `dp` data-parallel ranks."""
+        return min(self.train.micro_batch, self.train.tokens_per_step // (self.data.seq_len * dp))
+
     def accumulation_steps(self, dp: int) -> int:
         """Micro-batches of one rank in one step."""
-        return self.train.tokens_per_step // (self.data.seq_len * self.train.micro_batch * dp)
+        return self.train.tokens_per_step // (self.data.seq_len * dp * self.micro_batch(dp))
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -541,10 +546,10 @@ def check(config: Config) -> None:
 
     _require(train.seed < 2**63, "train.seed", train.seed, "must be below 2^63")
     _require(
-        train.tokens_per_step % (data.seq_len * train.micro_batch) == 0,
+        train.tokens_per_step % data.seq_len == 0,
         "train.tokens_per_step",
         train.tokens_per_step,
-        f"must be a multiple of data.seq_len × train.micro_batch = {data.seq_len} × {train.micro_batch}",
+        f"must be a multiple of data.seq_len = {data.seq_len}",
     )
     _require(
         config.eval.tokens >= data.seq_len,
@@ -584,13 +589,19 @@ def check_world(config: Config, world_size: int) -> None:
         f"dp × tp must be the world size: {world_size} ranks with tp = {parallel.tp} make dp = {dp}",
     )
     _require(world_size % parallel.ep == 0, "parallel.ep", parallel.ep, f"must divide the world size of {world_size}")
-    batch = config.data.seq_len * config.train.micro_batch * dp
+    tokens, seq_len = config.train.tokens_per_step, config.data.seq_len
     _require(
-        config.train.tokens_per_step % batch == 0,
+        tokens % (seq_len * dp) == 0,
         "train.tokens_per_step",
-        config.train.tokens_per_step,
-        "must be a multiple of data.seq_len × train.micro_batch × dp = "
-        f"{config.data.seq_len} × {config.train.micro_batch} × {dp}",
+        tokens,
+        f"must be a multiple of data.seq_len × dp = {seq_len} × {dp}",
+    )
+    share = tokens // (seq_len * dp)
+    _require(
+        share % config.micro_batch(dp) == 0,
+        "train.micro_batch",
+        config.train.micro_batch,
+        f"must divide a rank's share of a step: {share} sequences, with train.tokens_per_step = {tokens} and dp = {dp}",
     )
 
 

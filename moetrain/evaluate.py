@@ -57,7 +57,7 @@ def heldout_score(model: Decoder, dataset: Dataset, config: Config, mesh: Mesh) 
     batches = heldout_batches(
         dataset.heldout,
         config.data.seq_len,
-        config.train.micro_batch,
+        config.micro_batch(mesh.dp),
         config.eval.tokens,
         mesh.dp_rank,
         mesh.dp,

@@ -65,7 +65,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         gradient_bytes=weight_bytes,
         moment_bytes=2 * weight_bytes,
         copy_bytes=rank_parameters * compute_size if compute_size < size else 0,
-        activation_bytes=activation_bytes(config),
+        activation_bytes=activation_bytes(config, world_size // config.parallel.tp),
         flops_per_token=flops_per_token(config),
         tokens_per_step=config.train.tokens_per_step,
         accumulation_steps=config.accumulation_steps(world_size // config.parallel.tp),
@@ -84,8 +84,8 @@ def compute_dtype(config: Config) -> str:
     return "float32" if config.run.device == "cpu" else "bfloat16"
 
 
-def activation_bytes(config: Config) -> int:
-    """Estimated peak of what autograd keeps for one micro-batch on one rank, in bytes, with balanced experts.
+def activation_bytes(config: Config, dp: int = 1) -> int:
+    """Estimated peak of what autograd keeps for one micro-batch on one of `dp` ranks, in bytes, with balanced experts.
 
     A token keeps, in the arithmetic's dtype unless said otherwise:
 
@@ -104,7 +104,7 @@ def activation_bytes(config: Config) -> int:
     Not counted: gradients of activations, buffers of collectives, workspaces, fragmentation.
     """
     model, ep, checkpointing = config.model, config.parallel.ep, config.train.activation_checkpointing
-    tokens = config.train.micro_batch * config.data.seq_len
+    tokens = config.micro_batch(dp) * config.data.seq_len
     size = _BYTES[compute_dtype(config)]
     D, K, heads = model.dim, config.router.top_k, (model.n_heads + model.kv_heads) * model.head_width
 
@@ -164,7 +164,7 @@ def plan_command(config: Config, world_size: int) -> int:
     )
     table.add_section()
 
-    activations = f"{_plural(train.micro_batch, 'sequence')} of {config.data.seq_len:,}, {compute_dtype(config)}"
+    activations = f"{_plural(config.micro_batch(world_size // parallel.tp), 'sequence')} of {config.data.seq_len:,}, {compute_dtype(config)}"
     if checkpointing.mode != "none":
         activations += f", {checkpointing.mode} checkpointing"
     table.add_row("Memory of a rank", _bytes(plan.rank_bytes), "without workspaces and fragmentation")

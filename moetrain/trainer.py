@@ -119,19 +119,19 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step (or until asked to stop), then save, score and plot."""
-        total_steps = self.config.train.steps
+        config, mesh, total_steps = self.config, self.mesh, self.config.train.steps
         loader = Loader(
             split=self.dataset.train,
-            seq_len=self.config.data.seq_len,
-            micro_batch=self.config.train.micro_batch,
+            seq_len=config.data.seq_len,
+            micro_batch=config.micro_batch(mesh.dp),
             accumulation=self.accumulation,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=self.mesh.dp,
-            seed=self.config.train.seed,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            seed=config.train.seed,
             end_of_document=self.dataset.end_of_document,
-            mask_documents=self.config.data.mask_documents,
-            prefetch=self.config.data.prefetch,
-            pin=self.mesh.device.type == "cuda",
+            mask_documents=config.data.mask_documents,
+            prefetch=config.data.prefetch,
+            pin=mesh.device.type == "cuda",
             start_sample=self.progress.samples,
         )
         try:
@@ -343,6 +343,8 @@ class Trainer:
 
         for number in STOP_SIGNALS:
             signal.signal(number, note)
+        # A job runner may have started this process with some of them blocked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             yield
         finally:

@@ -56,7 +56,7 @@ BAD_OVERRIDES = [
     (["router.jitter=1"], "router.jitter"),
     (["router.score=softmax_after_topk", "router.bias_update_rate=0.001"], "router.bias_update_rate"),
     (["model.n_heads=5"], "model.n_heads"),
-    (["model.n_kv_heads=4"], "model.n_kv_heads"),
+    (["model.n_kv_heads=3"], "model.n_kv_heads"),
     (["model.head_dim=31"], "model.head_dim"),
     (["model.num_experts=-8"], "model.num_experts"),
     (["model.first_dense_layers=4"], "model.num_experts"),

@@ -136,6 +136,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", stop_in_step_five)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [number])  # as some job runners leave it
         run(config)
     assert (tmp_path / "stopped" / "checkpoints" / "step-00000005").is_dir()
     assert max(metrics(tmp_path / "stopped")) == 5
