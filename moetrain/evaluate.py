@@ -86,7 +86,7 @@ def heldout_baselines(dataset: Dataset, tokens: int) -> dict[str, float]:
 
 def print_score(score: Score, baselines: dict[str, float]) -> None:
     """A table of bits per byte, best last."""
-    table = Table(title=f"held-out score over {score.tokens:,} tokens")
+    table = Table()
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     rows = {**baselines, "this model": score.bits_per_byte}
@@ -94,7 +94,9 @@ def print_score(score: Score, baselines: dict[str, float]) -> None:
         table.add_row(name, f"{bits:.3f}", style="bold" if name == "this model" else None)
     console = Console()
     console.print(table)
-    console.print(f"loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.3f}")
+    console.print(
+        f"held-out loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.3f}, over {score.tokens:,} tokens"
+    )
 
 
 def evaluate_command(target: str, overrides: list[str], json_path: str | None) -> int:

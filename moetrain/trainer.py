@@ -325,6 +325,7 @@ class Trainer:
             f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {mesh.world_size} × "
             f"{mesh.device.type}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
         )
+        self._message(self.throughput.peak_description)
         if source is not None:
             self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
 

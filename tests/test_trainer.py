@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -184,6 +185,14 @@ def test_activation_checkpointing_changes_no_number(tmp_path: Path, data_folder:
     run(make_config(tmp_path / "none", data_folder, *settings))
     run(make_config(tmp_path / mode, data_folder, *settings, f"train.activation_checkpointing.mode={mode}"))
     assert numbers(tmp_path / mode) == numbers(tmp_path / "none")
+
+
+def test_profile_records_the_steps_asked_for(tmp_path: Path, data_folder: Path) -> None:
+    settings = ["train.profile.start=3", "train.profile.steps=2", "train.steps=6"]
+    run(make_config(tmp_path / "run", data_folder, *settings))
+    with gzip.open(tmp_path / "run" / "profile" / "rank0.json.gz") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"] if "ProfilerStep" in event.get("name", "")}
+    assert names == {"ProfilerStep#2", "ProfilerStep#3"}  # counted from 0
 
 
 def test_document_mask_keeps_documents_apart(tmp_path: Path, data_folder: Path) -> None:
