@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -92,18 +93,23 @@ def exit_status(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
+REPEAT_SECONDS = 1.0
+
+
 class SignalForwarder:
     """While active, passes SIGTERM, SIGINT and SIGUSR1 on to `workers()`.
 
-    A second SIGTERM or SIGINT kills every descendant of this process. With no worker yet, a signal ends this process
-    (SystemExit 128 + n).
+    A second SIGTERM or SIGINT kills every descendant of this process, unless it comes within REPEAT_SECONDS: a job
+    manager that signals a whole tree of processes asks once, however often it arrives. With no worker yet, a signal
+    ends this process (SystemExit 128 + n).
     """
 
     def __init__(self, workers: Callable[[], list[psutil.Process]]) -> None:
         self.killed_by: signal.Signals | None = None
         """The signal that had the workers killed, if any."""
         self._workers = workers
-        self._asked_to_stop = False
+        self._asked_to_stop: float | None = None
+        """When (time.monotonic)."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -119,14 +125,18 @@ class SignalForwarder:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         stop = number in (signal.SIGTERM, signal.SIGINT)
-        if stop and self._asked_to_stop:
+        now = time.monotonic()
+        if stop and self._asked_to_stop is not None:
+            if now - self._asked_to_stop < REPEAT_SECONDS:
+                return
             self.killed_by = signal.Signals(number)
             _send(psutil.Process().children(recursive=True), signal.SIGKILL)
             return
         workers = self._workers()
         if not workers:
             raise SystemExit(128 + number)
-        self._asked_to_stop |= stop
+        if stop:
+            self._asked_to_stop = now
         _send(workers, number)
 
 

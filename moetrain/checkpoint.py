@@ -6,10 +6,13 @@ A run's checkpoints/ folder::
         manifest.json             step, progress, versions, and the size and SHA-256 of every other file
         .metadata, __0_0.distcp   torch.distributed.checkpoint: every tensor under its logical name, in shards
     step-00000100.old/            a checkpoint while another of the same step takes its name
+    step-00000200.superseded/     of a course that was abandoned: the run resumed from an earlier step by its path
     step-00000200.tmp-1f3a9c0e/   being written, being deleted, or left by a killed run
 
+A superseded checkpoint is neither the newest one nor ever deleted, but it can be resumed from by its path.
+
 The contents are logical tensors, so a checkpoint does not depend on the number of ranks that wrote it. Ranks share
-the file system. No rank acts on an error of its own: all ranks hear of it and all raise.
+the file system.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
@@ -30,7 +32,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, DefaultSavePlanner
@@ -42,6 +43,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import moetrain
 from moetrain.errors import CheckpointError
+from moetrain.files import fsync_folder, sha256, written_aside
+from moetrain.parallel.agreement import on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -86,10 +89,6 @@ class Manifest:
     """The trainer's own account: samples, tokens, config_hash, …"""
     files: dict[str, FileEntry]
 
-    @property
-    def config_hash(self) -> str | None:
-        return self.progress.get("config_hash")
-
 
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint of `step`."""
@@ -117,10 +116,11 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file}: unreadable: {_reason(error)}") from error
 
 
-def verify(path: Path, *, checksums: bool = True) -> list[str]:
+def verify(path: Path, *, checksums: bool = True, part: slice = slice(None)) -> list[str]:
     """What is wrong with the checkpoint `path`, one line for each file; empty if nothing is.
 
     Without `checksums` it looks at the manifest and at the sizes of the files only; with them it reads every byte.
+    `part`: which of the files to look at.
     """
     try:
         manifest = read_manifest(path)
@@ -133,7 +133,7 @@ def verify(path: Path, *, checksums: bool = True) -> list[str]:
             size = file.stat().st_size
             if size != entry.size:
                 return f"{file}: {size} bytes instead of {entry.size}"
-            if checksums and _file_sha256(file) != entry.sha256:
+            if checksums and sha256(file) != entry.sha256:
                 return f"{file}: its SHA-256 is wrong, the file was altered"
         except FileNotFoundError:
             return f"{file}: missing"
@@ -142,17 +142,12 @@ def verify(path: Path, *, checksums: bool = True) -> list[str]:
         return None
 
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
-        return [line for line in pool.map(problem, manifest.files) if line is not None]
+        return [line for line in pool.map(problem, list(manifest.files)[part]) if line is not None]
 
 
 def latest(folder: Path, *, checksums: bool = False) -> Path | None:
     """The newest whole checkpoint in `folder`, None if there is none; damaged ones are passed over with a warning."""
-    for _, path in _checkpoints(folder):
-        problems = verify(path, checksums=checksums)
-        if not problems:
-            return path
-        warnings.warn(f"skipping the damaged checkpoint {path}: {problems[0]}", stacklevel=2)
-    return None
+    return _first_whole([path for _, path in _checkpoints(folder)], lambda path: verify(path, checksums=checksums))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -162,16 +157,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run, a checkpoints folder or a checkpoint")
-    if _NAME.fullmatch(path.resolve().name) or (path / MANIFEST).exists():
-        problems = verify(path)
-        if problems:
-            raise CheckpointError(f"{path} is damaged: {_few(problems)}; choose another checkpoint")
-        return path
-    for folder in (path / "checkpoints", path):
-        found = latest(folder, checksums=True)
-        if found is not None:
-            return found
-    raise CheckpointError(f"{path}: holds no whole checkpoint")
+    return _choose(path, _meant(path), verify)
 
 
 def find_resume(folder: Path, resume: str, mesh: Mesh) -> Path | None:
@@ -182,24 +168,89 @@ def find_resume(folder: Path, resume: str, mesh: Mesh) -> Path | None:
     a path that :func:`find_checkpoint` refuses.
     """
 
-    def decide() -> Path | None:
+    def candidates() -> list[Path]:
+        _refuse_file(folder)
+        found = [path for _, path in _checkpoints(folder)]
+        if resume == "auto":
+            return found
         if resume == "never":
-            if _checkpoints(folder):
+            if found:
                 raise CheckpointError(
                     f"{folder} holds checkpoints, but checkpoint.resume = never: choose another run.dir or "
                     "checkpoint.resume=auto"
                 )
-            return None
-        if resume == "auto":
-            found = latest(folder, checksums=True)
-            if found is None and _checkpoints(folder):
-                raise CheckpointError(
-                    f"{folder}: every checkpoint is damaged; move them away or choose another run.dir to start anew"
-                )
-            return found
-        return find_checkpoint(Path(resume))
+            return []
+        if not Path(resume).is_dir():
+            raise CheckpointError(
+                f"checkpoint.resume = {resume}: no such folder; give auto, never, or the path of a run, a checkpoints "
+                "folder or a checkpoint"
+            )
+        return _meant(Path(resume))
 
-    return _on_rank_0(mesh.host_group, decide)
+    def check(path: Path) -> list[str]:
+        # Reading terabytes takes longer than a collective waits, so no rank reads them for the others.
+        problems = on_rank_0(_located(lambda: verify(path, checksums=False), mesh), mesh.host_group)
+        if problems:
+            return problems
+        part = slice(mesh.rank, None, mesh.world_size)
+        found = on_all_ranks(_located(lambda: verify(path, part=part), mesh), mesh.host_group)
+        return [problem for problems in found for problem in problems]
+
+    paths = on_rank_0(_located(candidates, mesh), mesh.host_group)
+    error: CheckpointError | None = None
+    found: Path | None = None
+    with warnings.catch_warnings():
+        if mesh.rank > 0:  # rank 0 says it
+            warnings.simplefilter("ignore")
+        try:
+            if resume in ("auto", "never"):
+                found = _first_whole(paths, check)
+                if found is None and paths:
+                    raise CheckpointError(
+                        f"{folder}: every checkpoint is damaged; move them away or choose another run.dir to start anew"
+                    )
+            else:
+                found = _choose(Path(resume), paths, check)
+        except CheckpointError as caught:
+            error = caught
+    raise_together(error, mesh)
+    return found
+
+
+def _meant(path: Path) -> list[Path]:
+    """The checkpoints that a user may mean by the folder `path`, best first: [path] if it is one itself."""
+    if _NAME.fullmatch(path.resolve().name) or (path / MANIFEST).exists():
+        return [path]
+    return [found for folder in (path / "checkpoints", path) for _, found in _checkpoints(folder)]
+
+
+def _choose(path: Path, meant: list[Path], check: Callable[[Path], list[str]]) -> Path:
+    """The first whole checkpoint of those that are meant by `path`."""
+    if meant == [path]:
+        problems = check(path)
+        if problems:
+            raise CheckpointError(f"{path} is damaged: {_few(problems)}; choose another checkpoint")
+        return path
+    found = _first_whole(meant, check)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no whole checkpoint")
+    return found
+
+
+def _first_whole(paths: list[Path], check: Callable[[Path], list[str]]) -> Path | None:
+    for path in paths:
+        problems = check(path)
+        if not problems:
+            return path
+        warnings.warn(f"skipping the damaged checkpoint {path}: {problems[0]}", stacklevel=3)
+    return None
+
+
+def _refuse_file(folder: Path) -> None:
+    """Raise CheckpointError if the folder cannot be made because a file is in its place or in its parents'."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"run.dir: {path} is a file, not a folder; move it away or choose another run.dir")
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -211,30 +262,14 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in named]
 
 
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _json_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
     content = asdict(manifest)
-    with (path / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump(content | {"sha256": _json_sha256(content)}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with written_aside(path / MANIFEST) as aside:
+        aside.write_text(json.dumps(content | {"sha256": _json_sha256(content)}, indent=1), encoding="utf-8")
 
 
 def _aside_of(target: Path) -> Path:
@@ -247,30 +282,22 @@ def _discard(path: Path) -> None:
     shutil.rmtree(path.rename(_aside_of(path)))
 
 
-# ------------------------------------------------------------------------------------------ agreement of ranks
+# ------------------------------------------------------------------------------------------------------ errors
 
 
-def _on_all_ranks(group: dist.ProcessGroup, work: Callable[[], T]) -> list[T]:
-    """The results of `work` on every rank, or CheckpointError on every rank if one fails. Collective."""
-    cause: BaseException | None = None
-    outcome: tuple[T | None, str | None]
-    try:
-        outcome = work(), None
-    except CheckpointError as error:
-        outcome, cause = (None, str(error)), error
-    except Exception as error:
-        outcome, cause = (None, f"rank {dist.get_rank(group)}: {_reason(error)}"), error
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
-    problems = list(dict.fromkeys(problem for _, problem in outcomes if problem is not None))
-    if problems:
-        raise CheckpointError(_few(problems)) from cause
-    return [result for result, _ in outcomes]
+def _located(work: Callable[[], T], mesh: Mesh) -> Callable[[], T]:
+    """`work`, all of whose errors are CheckpointErrors, those from below with the rank if there are several."""
 
+    def located() -> T:
+        try:
+            return work()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            where = f"rank {mesh.rank}: " if mesh.world_size > 1 else ""
+            raise CheckpointError(where + _reason(error)) from error
 
-def _on_rank_0(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """The result of `work`, run on rank 0 alone, or CheckpointError, on every rank. Collective."""
-    return _on_all_ranks(group, lambda: work() if dist.get_rank(group) == 0 else None)[0]  # type: ignore[return-value]
+    return located
 
 
 def _reason(error: BaseException) -> str:
@@ -299,14 +326,24 @@ class Checkpointer:
 
     `keep_last` newest checkpoints are kept, and those of steps divisible by `keep_every` (0: none). Those of steps
     beyond the one just written belong to another course of the run and are left alone until they are replaced.
-    `asynchronous=False` waits in :meth:`save`. Creating one is collective, and so are its methods; it removes what a
-    killed run left half-written in `folder`.
+    `resumed_step`, the step at which this course begins, sets such checkpoints aside as superseded at once (None:
+    leaves everything). `asynchronous=False` waits in :meth:`save`. Creating one is collective, and so are its
+    methods; it removes what a killed run left half-written in `folder`.
     """
 
     last_stall_seconds: float = 0.0
     """How long the last save() held up the trainer."""
 
-    def __init__(self, folder: Path, mesh: Mesh, *, keep_last: int, keep_every: int, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        *,
+        keep_last: int,
+        keep_every: int,
+        asynchronous: bool,
+        resumed_step: int | None = None,
+    ) -> None:
         self.folder = folder
         self.mesh = mesh
         self.keep_last = keep_last
@@ -315,7 +352,7 @@ class Checkpointer:
         self._copies: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
-        _on_rank_0(mesh.host_group, self._prepare_folder)
+        on_rank_0(_located(lambda: self._prepare_folder(resumed_step), mesh), mesh.host_group)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """Start to save; the caller may change tensors and progress as soon as it returns.
@@ -344,7 +381,9 @@ class Checkpointer:
         try:
             future.result()
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"saving {target} failed: {_reason(error)}") from error
+            failure = CheckpointError(f"saving {target} failed: {_reason(error)}")
+            failure.agreed = isinstance(error, CheckpointError) and error.agreed
+            raise failure from error
         finally:
             self._pending = None
 
@@ -355,10 +394,18 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
 
-    def _prepare_folder(self) -> None:
+    def _prepare_folder(self, resumed_step: int | None) -> None:
+        _refuse_file(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(_ASIDE):
             shutil.rmtree(path)
+        for step, path in reversed(_checkpoints(self.folder)):  # a replaced one makes way for its successor
+            if resumed_step is not None and step > resumed_step:
+                superseded = self.folder / f"{checkpoint_name(step)}.superseded"
+                if superseded.exists():
+                    _discard(superseded)
+                path.rename(superseded)
+        fsync_folder(self.folder)
 
     @torch.no_grad()
     def _copy(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -386,11 +433,11 @@ class Checkpointer:
             aside.mkdir()
             return aside
 
-        aside = _on_rank_0(group, make_aside)
+        aside = on_rank_0(_located(make_aside, self.mesh), group)
         try:
             writer = _Writer(aside)
             dcp.save(copies, storage_writer=writer, planner=_Planner(plan), process_group=group)
-            written = _on_all_ranks(group, writer.files)
+            written = on_all_ranks(_located(writer.files, self.mesh), group)
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
                 step=step,
@@ -401,7 +448,7 @@ class Checkpointer:
                 progress=progress,
                 files={name: entry for files in written for name, entry in files.items()},
             )
-            _on_rank_0(group, lambda: self._commit(aside, target, manifest))
+            on_rank_0(_located(lambda: self._commit(aside, target, manifest), self.mesh), group)
         except (CheckpointError, CheckpointException):
             if self.mesh.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -409,14 +456,14 @@ class Checkpointer:
 
     def _commit(self, aside: Path, target: Path, manifest: Manifest) -> None:
         _write_manifest(aside, manifest)
-        _fsync_folder(aside)
+        fsync_folder(aside)
         if target.exists():
             replaced = target.with_name(f"{target.name}.old")
             if replaced.exists():
                 _discard(replaced)
             target.rename(replaced)
         aside.rename(target)
-        _fsync_folder(self.folder)
+        fsync_folder(self.folder)
         self._prune(manifest.step)
 
     def _prune(self, step: int) -> None:
@@ -510,7 +557,7 @@ class _Writer(dcp.FileSystemWriter):
         if self._error is not None:
             raise self._error
         files = {name: self._folder / name for name in sorted(self._names)}
-        return {name: FileEntry(file.stat().st_size, _file_sha256(file)) for name, file in files.items()}
+        return {name: FileEntry(file.stat().st_size, sha256(file)) for name, file in files.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- loading
@@ -541,7 +588,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *,
             raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
         return manifest.progress
 
-    return read() if mesh is None else _on_all_ranks(mesh.host_group, read)[0]
+    return read() if mesh is None else on_all_ranks(_located(read, mesh), mesh.host_group)[0]
 
 
 def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:

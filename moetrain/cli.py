@@ -26,15 +26,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.handler(arguments)
     except UserError as error:
         _record(error)
-        if not _is_worker() or os.environ["RANK"] == "0":
-            print("moetrain: error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # a full disk, a folder that cannot be written
+        if error.filename is None:
+            raise
+        _record(error)
+        _print_error(UserError(f"{error.filename}: {error.strerror}"))
+        return UserError.exit_code
     except Exception as error:
         _record(error)
         raise
     return code
+
+
+def _print_error(error: UserError) -> None:
+    """One line. An error that all ranks share is told by rank 0 alone."""
+    rank = os.environ["RANK"] if _is_worker() else "0"
+    shared = error.agreed or isinstance(error, ConfigError)
+    if rank == "0" or not shared:
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"moetrain: error: {where}{' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -275,6 +289,8 @@ def _choose_processes(arguments: argparse.Namespace, device: str) -> tuple[Launc
             raise ConfigError(
                 f"--nproc, --launcher: a launcher has already started this process (WORLD_SIZE={world_size} is set)"
             )
+        if not world_size.isascii() or not world_size.isdigit() or int(world_size) == 0:
+            raise ConfigError(f"WORLD_SIZE = {world_size!r} in the environment: must be a positive number")
         return "none", int(world_size)
     if nproc is None:
         nproc = 1 if launcher in (None, "none") else "auto"

@@ -102,7 +102,9 @@ class RouterConfig:
     balance_weight: float = 0.01
     """Weight of the load-balance loss; 0: off."""
     balance_scope: Literal["sequence", "rank", "global"] = "global"
-    """Tokens over which balance is asked for: each sequence, each micro-batch of a rank, or the global batch."""
+    """Tokens over which balance is asked for: each sequence, each micro-batch of a rank, or the global batch: of all
+    ranks and, of a step's micro-batches, those so far (arXiv 2501.11873), so that with gradient accumulation the loss
+    depends on train.micro_batch."""
     z_weight: float = 0.001
     """Weight of the router z-loss; 0: off."""
     bias_update_rate: float = 0.0
@@ -574,6 +576,9 @@ def check(config: Config) -> None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
     if config.metrics.peak_tflops is not None:
         _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
+    _require(
+        config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
+    )
     _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
 
 
@@ -611,6 +616,5 @@ def to_yaml(config: Config) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """Short SHA-256 of what a checkpoint's contents depend on: model, router and optimiser state layout."""
-    relevant = {"model": asdict(config.model), "router": asdict(config.router), "data": config.data.path}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+    """Short SHA-256 of all values of a config."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]

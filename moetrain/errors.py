@@ -5,6 +5,8 @@ class UserError(Exception):
     """A mistake outside the program (configuration, data, files): shown as one line, without a traceback."""
 
     exit_code = 1
+    agreed: bool = False
+    """Every rank raises it, so one of them reports it."""
 
 
 class ConfigError(UserError):

@@ -14,11 +14,13 @@ from rich.table import Table
 
 from moetrain.baselines import dataset_baselines
 from moetrain.checkpoint import find_checkpoint, load, read_manifest
-from moetrain.config import Config, check_world, from_dict
+from moetrain.config import Config, from_dict
 from moetrain.data import IGNORED, Dataset, check_vocabulary, heldout_batches, open_dataset
+from moetrain.errors import UserError
 from moetrain.files import write_text
 from moetrain.model import Decoder
-from moetrain.parallel import Mesh, create_mesh, destroy_mesh, environment_world_size, first_on_each_node
+from moetrain.parallel import Mesh, environment_world_size, first_on_each_node
+from moetrain.ranks import joined_mesh
 from moetrain.state import logical_tensors
 
 
@@ -29,7 +31,7 @@ class Score:
     loss: float
     """Nats a token, ends of documents included."""
     tokens: int
-    bytes: float
+    bytes: int
     """Bytes of text that these tokens stand for."""
 
     @property
@@ -53,11 +55,11 @@ class Score:
 def heldout_score(model: Decoder, dataset: Dataset, config: Config, mesh: Mesh) -> Score:
     """Score the first `eval.tokens` held-out tokens, shared among the ranks; collective."""
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, targets, targets that stand for text
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # nats, targets
     batches = heldout_batches(
         dataset.heldout,
         config.data.seq_len,
-        config.micro_batch(mesh.dp),
+        config.train.micro_batch,
         config.eval.tokens,
         mesh.dp_rank,
         mesh.dp,
@@ -66,15 +68,13 @@ def heldout_score(model: Decoder, dataset: Dataset, config: Config, mesh: Mesh) 
     for host_batch in batches:
         batch = host_batch.to(mesh.device)
         hidden_BSD, _ = model(batch.tokens_BS, batch.documents_BS)
-        counted = batch.targets_BS != IGNORED
-        text = counted & (batch.targets_BS != dataset.end_of_document)
-        sums += torch.stack([model.cross_entropy(hidden_BSD, batch.targets_BS).double(), counted.sum(), text.sum()])
+        targets = (batch.targets_BS != IGNORED).sum()
+        sums += torch.stack([model.cross_entropy(hidden_BSD, batch.targets_BS).double(), targets])
     if mesh.world_size > 1:
         dist.all_reduce(sums)
-    nats, tokens, text_tokens = sums.tolist()
-    heldout = dataset.heldout
-    bytes_per_token = heldout.num_bytes / (heldout.num_tokens - heldout.num_documents)
-    return Score(nats / tokens, int(tokens), text_tokens * bytes_per_token)
+    nats, tokens = sums[0].item(), int(sums[1])
+    # The first token of the split is no target.
+    return Score(nats / tokens, tokens, dataset.count_text_bytes(dataset.heldout, 1, tokens))
 
 
 def heldout_baselines(dataset: Dataset, tokens: int) -> dict[str, float]:
@@ -101,12 +101,16 @@ def print_score(score: Score, baselines: dict[str, float]) -> None:
 
 def evaluate_command(target: str, overrides: list[str], json_path: str | None) -> int:
     """Score the checkpoint that `target` (a run folder or a checkpoint) names; returns the exit code."""
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise UserError(f"--json {json_path}: no such folder")
     checkpoint = find_checkpoint(Path(target))
     manifest = read_manifest(checkpoint)
-    config = from_dict(manifest.progress["config"], overrides, where=str(checkpoint))
-    check_world(config, environment_world_size())
-    mesh = create_mesh(ep=config.parallel.ep, device=config.run.device, timeout_minutes=config.run.timeout_minutes)
-    try:
+    config = from_dict(manifest.progress["config"], where=str(checkpoint))
+    # The number of ranks here need not be that of the run.
+    ep = math.gcd(config.parallel.ep, environment_world_size())
+    topology = ["parallel.dp=null", f"parallel.ep={ep}"]
+    config = from_dict(manifest.progress["config"], [*topology, *overrides], where=str(checkpoint))
+    with joined_mesh(config) as mesh:
         dataset = first_on_each_node(lambda first: open_dataset(config.data, verify=first), mesh)
         check_vocabulary(dataset, config.model.vocab_size)
         with torch.device(mesh.device):
@@ -126,6 +130,4 @@ def evaluate_command(target: str, overrides: list[str], json_path: str | None) -
                     "baselines/bits_per_byte": baselines,
                 }
                 write_text(Path(json_path), json.dumps(result, indent=2) + "\n")
-    finally:
-        destroy_mesh()
     return 0

@@ -1,7 +1,8 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent, and what tells whether they are the same."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+        fsync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -25,3 +27,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) so that `path` holds either the old contents or the new, whole."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from moetrain.config import Config
 from moetrain.errors import UserError
+from moetrain.files import write_text
 from moetrain.flops import flops_per_token, peak_tflops
 
 FILE_NAME = "metrics.jsonl"
@@ -119,12 +119,7 @@ def _parse(path: Path, text: str) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     """Rewrite the file without the records of later steps; a kill at any moment leaves the old file or the new."""
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step] if step else []
-    aside = path.with_suffix(".jsonl.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

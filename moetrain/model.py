@@ -6,7 +6,7 @@ E experts (on this rank: E / ep), I expert width, L MoE layers.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             index = len(all_stats)
             prior_load_E = prior_load_LE[index] if prior_load_LE is not None and block.is_moe else None
-            seed = None if noise_seed is None else noise_seed * len(self.blocks) + layer
+            seed = None if noise_seed is None else derive_seed(noise_seed, layer)
             x_BSD, stats = _maybe_checkpoint(self._recompute[layer], block, x_BSD, rotary, mask, prior_load_E, seed)
             if stats is not None:
                 all_stats.append(stats)
@@ -364,5 +364,10 @@ def _maybe_checkpoint(recompute: bool, function: Callable[..., Any], *arguments:
     return function(*arguments)
 
 
+def derive_seed(*parts: object) -> int:
+    """A seed for torch (63 bits) that differs for every sequence of parts."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+
+
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.Generator(device).manual_seed(derive_seed(seed, name))

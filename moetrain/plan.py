@@ -164,7 +164,8 @@ def plan_command(config: Config, world_size: int) -> int:
     )
     table.add_section()
 
-    activations = f"{_plural(config.micro_batch(world_size // parallel.tp), 'sequence')} of {config.data.seq_len:,}, {compute_dtype(config)}"
+    sequences = _plural(config.micro_batch(world_size // parallel.tp), "sequence")
+    activations = f"{sequences} of {config.data.seq_len:,}, {compute_dtype(config)}"
     if checkpointing.mode != "none":
         activations += f", {checkpointing.mode} checkpointing"
     table.add_row("Memory of a rank", _bytes(plan.rank_bytes), "without workspaces and fragmentation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from moetrain.errors import UserError
+from moetrain.files import written_aside
 from moetrain.metrics import read_metrics
 
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#d9702a", "#5f6670"
@@ -45,12 +45,8 @@ def plot_losses(run_dir: Path) -> Path:
         axes.margins(x=0.02)
 
     path = run_dir / "loss.png"
-    aside = run_dir / "loss.png.tmp"
-    with aside.open("wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=150)
     return path
 
 

@@ -26,7 +26,7 @@ class RouterStats:
     """
 
     load_E: Tensor
-    """int64 [E]: pairs each expert got from this rank's tokens; no gradient."""
+    """int64 [E]: pairs that chose each expert, before any are refused, of this rank's tokens; no gradient."""
     balance_loss: Tensor
     """0-D, with gradient; 1 under perfect balance."""
     z_loss: Tensor
@@ -70,15 +70,15 @@ class Router(nn.Module):
         """Route the B·S tokens.
 
         `prior_load_E`: this rank's loads of the step's earlier micro-batches, which the global balance loss adds to
-        its own (arXiv 2501.11873, §3: a buffer over accumulation steps). `noise_seed`: of the jitter in training.
+        its own (arXiv 2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the
+        last the whole step. `noise_seed`: of the jitter in training.
         """
         sequences, length, _ = x_BSD.shape
         x_TD = x_BSD.flatten(0, 1)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         if self.training and self.config.jitter > 0:
             x_TD = x_TD * _jitter(x_TD, self.config.jitter, noise_seed or 0)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = x_TD @ self.weight.to(x_TD.dtype).t()
+        logits_TE = x_TD @ self.weight.to(x_TD.dtype).t()
         probabilities_TE = self._probabilities(logits_TE)
         experts_TK, weights_TK = self._choose(logits_TE, probabilities_TE)
 
@@ -96,8 +96,9 @@ class Router(nn.Module):
             routing = self._limited(experts_TK, weights_TK, self.config.capacity_factor)
         else:
             routing = Routing.from_topk(experts_TK, weights_TK, self.num_experts)
-        load_E = routing.counts_E.to(torch.int64)
-        dropped = experts_TK.numel() - load_E.sum()
+        load_E = torch.zeros_like(self.bias, dtype=torch.int64)
+        load_E.index_add_(0, experts_TK.flatten(), torch.ones_like(experts_TK.flatten()))
+        dropped = load_E.sum() - routing.num_pairs
         return routing, RouterStats(load_E, balance_loss, z_loss, entropy, dropped)
 
     @torch.no_grad()

@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.checkpoint import Checkpointer, find_resume, load, read_manifest
+from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
 from moetrain.config import Config, check_world, config_hash, to_yaml
-from moetrain.data import Batch, Dataset, Loader, check_vocabulary, open_dataset
+from moetrain.data import (
+    Batch,
+    Dataset,
+    Loader,
+    check_vocabulary,
+    heldout_samples,
+    num_samples,
+    open_dataset,
+)
 from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
 from moetrain.files import write_text
 from moetrain.flops import parameters
 from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
-from moetrain.model import Decoder
+from moetrain.model import Decoder, derive_seed
 from moetrain.optim import build_optimizer, learning_rate, set_learning_rate
 from moetrain.parallel import (
     Mesh,
     any_rank,
     clip_gradients,
-    create_mesh,
-    destroy_mesh,
     environment_world_size,
     first_on_each_node,
     gradient_norm,
+    on_rank_0,
+    raise_together,
     reduce_gradients,
 )
 from moetrain.plot import plot_losses
+from moetrain.ranks import joined_mesh
 from moetrain.router import RouterStats, RoutingTotals
 from moetrain.state import logical_tensors
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Asked to stop, a run finishes its step, saves and ends with exit code 0."""
+REPEAT_SECONDS = 1.0
 
 
 def train(config: Config) -> int:
     """Train as the config says, in the process group that the environment describes; returns the exit code."""
     check_world(config, environment_world_size())
     check_trackers(config)
-    mesh = create_mesh(
-        tp=config.parallel.tp,
-        ep=config.parallel.ep,
-        device=config.run.device,
-        timeout_minutes=config.run.timeout_minutes,
-    )
-    try:
-        Trainer(config, mesh).run()
-    finally:
-        destroy_mesh()
+    with joined_mesh(config) as mesh:
+        try:
+            Trainer(config, mesh).run()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise UserError(
+                    "out of memory: lower train.micro_batch, set train.activation_checkpointing.mode, or use a smaller "
+                    f"model; `moetrain plan` shows what takes how much ({str(error).splitlines()[0]})"
+                ) from error
+            raise
     return 0
 
 
@@ -86,8 +100,10 @@ class Trainer:
         self.stop_requested = False
         self.saved_step: int | None = None
         self.checkpoint_stall = 0.0
+        self.changes: list[str] = []
         self.logger: MetricsLogger | None = None
 
+        self._lock = self._lock_folder()
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh)
@@ -107,18 +123,24 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            # Going on from an earlier step of this folder leaves the later ones to the course they belong to.
+            resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
         if config.train.compile:
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
-        if mesh.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", to_yaml(config))
-            self.logger = MetricsLogger(config, self.folder, resume_step=self.progress.step)
-            self._announce(source)
+        on_rank_0(lambda: self._open_logs(source), mesh.host_group)
 
     def run(self) -> None:
         """Train to the last step (or until asked to stop), then save, score and plot."""
+        try:
+            self._train()
+        finally:
+            self.checkpointer.close()
+            if self.logger is not None:
+                self.logger.close()
+
+    def _train(self) -> None:
         config, mesh, total_steps = self.config, self.mesh, self.config.train.steps
         loader = Loader(
             split=self.dataset.train,
@@ -150,9 +172,6 @@ class Trainer:
                 self._finish()
         finally:
             loader.close()
-            self.checkpointer.close()
-            if self.logger is not None:
-                self.logger.close()
 
     # One step
 
@@ -169,12 +188,12 @@ class Trainer:
         progress.step += 1
         progress.tokens += config.train.tokens_per_step
         self.throughput.step()
+        progress.bad_steps += not finite
+        progress.bad_steps_in_a_row = 0 if finite else progress.bad_steps_in_a_row + 1
         if progress.step == 1 or _due(progress.step, config.metrics.every) or progress.step == config.train.steps:
             self._report(loss, norm, lr, routing)
         if not finite:
-            self._count_bad_step(float(norm))
-        else:
-            progress.bad_steps_in_a_row = 0
+            self._check_bad_steps(float(norm))
 
     def _accumulate_gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, RoutingTotals]:
         """Gradients of this rank's share of the step; its part of the mean loss, and its routing statistics."""
@@ -215,13 +234,10 @@ class Trainer:
 
     def _noise_seed(self, micro_step: int) -> int:
         """Different for each forward pass of each rank, and the same again when the step is repeated."""
-        forward = self.progress.step * self.accumulation + micro_step
-        return (self.config.train.seed << 40) + forward * self.mesh.world_size + self.mesh.rank
+        return derive_seed(self.config.train.seed, self.progress.step, micro_step, self.mesh.rank)
 
-    def _count_bad_step(self, norm: float) -> None:
+    def _check_bad_steps(self, norm: float) -> None:
         progress, limit = self.progress, self.config.train.max_bad_steps
-        progress.bad_steps += 1
-        progress.bad_steps_in_a_row += 1
         self._message(f"step {progress.step}: gradient norm is {norm}, update skipped")
         if progress.bad_steps_in_a_row >= limit:
             raise UserError(
@@ -271,7 +287,12 @@ class Trainer:
         return score
 
     def _save(self) -> None:
-        progress = {**asdict(self.progress), "config": asdict(self.config), "config_hash": config_hash(self.config)}
+        progress = {
+            **asdict(self.progress),
+            "data": self.dataset.fingerprint,
+            "config": asdict(self.config),
+            "config_hash": config_hash(self.config),
+        }
         self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.mesh, self.optimizer), progress)
         self.checkpoint_stall += self.checkpointer.last_stall_seconds
         self.saved_step = self.progress.step
@@ -283,7 +304,9 @@ class Trainer:
             self._save()
         self.checkpointer.wait()
         if step < steps:
-            self._message(f"asked to stop: saved step {step} of {steps}; the same command goes on from there")
+            same = self.config.checkpoint.resume == "auto"
+            how = "the same command goes on" if same else "with checkpoint.resume=auto the same command goes on"
+            self._message(f"asked to stop: saved step {step} of {steps}; {how} from there")
             return
         score = self._evaluate()
         if self.logger is not None:
@@ -298,7 +321,32 @@ class Trainer:
         """`first`: this process is its node's first, which builds the embedded data set and reads the checksums."""
         dataset = open_dataset(self.config.data, verify=first)
         check_vocabulary(dataset, self.config.model.vocab_size)
+        num_samples(dataset.train, self.config.data.seq_len)
+        heldout_samples(dataset.heldout, self.config.data.seq_len, self.config.eval.tokens)
         return dataset
+
+    def _lock_folder(self) -> IO[str] | None:
+        """Held by rank 0 as long as this object lives: two runs in one folder would destroy each other's files."""
+        error: Exception | None = None
+        file = None
+        if self.mesh.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = (self.folder / ".lock").open("w")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                error = UserError(f"run.dir = {self.folder}: another run is using this folder; choose another run.dir")
+            except FileExistsError:
+                error = UserError(f"run.dir = {self.folder}: is a file, not a folder; choose another run.dir")
+            except OSError as problem:
+                error = UserError(f"run.dir = {self.folder}: {problem.strerror}; choose another run.dir")
+        raise_together(error, self.mesh)
+        return file
+
+    def _open_logs(self, source: Path | None) -> None:
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
+        self._announce(source)
 
     def _resume(self, source: Path) -> None:
         """Continue where a checkpoint of the same model left off."""
@@ -312,9 +360,18 @@ class Trainer:
             )
         load(source, logical_tensors(self.model, self.mesh, self.optimizer), self.mesh)
         self.progress = Progress(**{name: saved[name] for name in asdict(self.progress)})
-        self.saved_step = self.progress.step if source.parent == self.folder / "checkpoints" else None
-        if any(old["data"][key] != new["data"][key] for key in ("path", "seq_len")):
-            self.progress.samples = 0  # the count is of other sequences
+        if source.resolve() == (self.folder / "checkpoints" / checkpoint_name(self.progress.step)).resolve():
+            self.saved_step = self.progress.step
+        self.changes = [
+            f"{section}.{key} = {value} (was {old.get(section, {}).get(key)})"
+            for section in ("router", "data", "train", "optim")
+            for key, value in new[section].items()
+            if old.get(section, {}).get(key) != value
+        ]
+        sequences = [(values["data"]["seq_len"], values["train"]["seed"]) for values in (old, new)]
+        if saved["data"] != self.dataset.fingerprint or sequences[0] != sequences[1]:
+            self.progress.samples = 0  # the count was of other sequences
+            self.changes.append("other sequences: reading the data from their beginning")
 
     def _announce(self, source: Path | None) -> None:
         config, mesh = self.config, self.mesh
@@ -328,6 +385,8 @@ class Trainer:
         self._message(self.throughput.peak_description)
         if source is not None:
             self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
+            for change in self.changes:
+                self._message(f"  changed since then: {change}")
 
     def _message(self, text: str) -> None:
         if self.logger is not None:
@@ -335,12 +394,19 @@ class Trainer:
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """Note the signals that ask for an end; the same one again acts as if this did not exist."""
+        """Note the signals that ask for an end; SIGTERM or SIGINT once more, later, acts as if this did not exist.
+
+        A job manager may signal a launcher and its workers alike, so that one request arrives here twice.
+        """
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        first: dict[int, float] = {}
 
         def note(number: int, frame: FrameType | None) -> None:
             self.stop_requested = True
-            signal.signal(number, before[signal.Signals(number)])
+            now = time.monotonic()
+            if number != signal.SIGUSR1 and now - first.setdefault(number, now) > REPEAT_SECONDS:
+                signal.signal(number, before[signal.Signals(number)])
+                os.kill(os.getpid(), number)
 
         for number in STOP_SIGNALS:
             signal.signal(number, note)
@@ -361,7 +427,7 @@ class Trainer:
             return
         file = self.folder / "profile" / f"rank{self.mesh.rank}.json.gz"
         file.parent.mkdir(parents=True, exist_ok=True)
-        wait = max(0, profile.start - 1)
+        wait = max(0, profile.start - 1 - self.progress.step)
         with torch.profiler.profile(
             schedule=torch.profiler.schedule(
                 skip_first=max(0, wait - 1), wait=0, warmup=min(1, wait), active=profile.steps, repeat=1

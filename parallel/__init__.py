@@ -1,6 +1,6 @@
 """Device mesh, token dispatch and gradient reduction."""
 
-from moetrain.parallel.agreement import any_rank, first_on_each_node, raise_together
+from moetrain.parallel.agreement import any_rank, first_on_each_node, on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
@@ -18,6 +18,8 @@ __all__ = [
     "environment_world_size",
     "first_on_each_node",
     "gradient_norm",
+    "on_all_ranks",
+    "on_rank_0",
     "raise_together",
     "reduce_gradients",
 ]

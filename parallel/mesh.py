@@ -75,6 +75,9 @@ def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minut
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = environment_world_size()
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched and world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where the others are")
     if world_size % tp or world_size % ep:
         raise ValueError(f"tp = {tp} and ep = {ep} must divide the world size of {world_size}")
 
@@ -82,19 +85,16 @@ def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minut
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start fewer processes"
-            )
+            raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible here")
         target = torch.device("cuda", local_rank)
         torch.cuda.set_device(target)
     else:
         target = torch.device("cpu")
 
     timeout = timedelta(minutes=timeout_minutes)
-    launched = "MASTER_ADDR" in os.environ
     dist.init_process_group(
         "nccl" if target.type == "cuda" else "gloo",
-        store=None if launched else dist.HashStore(),
+        store=None if "MASTER_ADDR" in os.environ and launched else dist.HashStore(),
         rank=rank,
         world_size=world_size,
         timeout=timeout,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from moetrain import checkpoint
 from moetrain.checkpoint import Checkpointer, expert_dtensor, find_checkpoint, find_resume, latest, load, verify
 from moetrain.errors import CheckpointError
+from moetrain.parallel.agreement import on_all_ranks
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh
 
 EXPERTS = 4
@@ -91,7 +93,7 @@ def test_round_trip_is_exact(saver: Callable[..., Checkpointer], mesh: Mesh) -> 
     assert path.name == "step-00000003"
     assert verify(path) == []
     manifest = checkpoint.read_manifest(path)
-    assert (manifest.step, manifest.config_hash, manifest.torch) == (3, "abc", torch.__version__)
+    assert (manifest.step, manifest.progress, manifest.torch) == (3, PROGRESS, torch.__version__)
     for read_with in (mesh, None):
         loaded = like(tensors)
         assert load(path, loaded, read_with) == PROGRESS
@@ -164,7 +166,7 @@ def test_a_replaced_checkpoint_survives_a_kill_between_the_two_renames(
     assert steps(checkpointer.folder) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("stage", ["_Writer.write_data", "_Writer.finish", "_file_sha256", "_write_manifest"])
+@pytest.mark.parametrize("stage", ["_Writer.write_data", "_Writer.finish", "sha256", "_write_manifest"])
 def test_an_error_while_writing_leaves_the_earlier_checkpoint(
     saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -179,8 +181,10 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(owner, stage.split(".")[-1], fail)
         checkpointer.save(2, example(), {})
-        with pytest.raises(CheckpointError, match=r"step-00000002 failed: rank 0: .*No space left"):
+        with pytest.raises(CheckpointError, match=r"step-00000002 failed: .*No space left") as caught:
             checkpointer.wait()
+    assert "rank 0" not in str(caught.value)  # there is no other
+    assert caught.value.agreed
     assert steps(checkpointer.folder) == ["step-00000001"]
     checkpointer.save(2, example(), {})
     checkpointer.save(3, example(), {})
@@ -341,8 +345,42 @@ def test_where_a_run_starts(saver: Callable[..., Checkpointer], mesh: Mesh, tmp_
     assert find_checkpoint(folder / "step-00000001") == folder / "step-00000001"
     with pytest.raises(CheckpointError, match=r"choose another run\.dir or checkpoint\.resume=auto"):
         find_resume(folder, "never", mesh)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder; give auto, never, or the path"):
         find_resume(folder, str(tmp_path / "nowhere"), mesh)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume = False: no such folder; give auto, never, or"):
+        find_resume(folder, "False", mesh)
+
+
+def test_a_file_in_place_of_the_run_folder(mesh: Mesh, saver: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    for file in (tmp_path / "run", tmp_path / "checkpoints"):
+        file.touch()
+    message = r"run\.dir: .*/{} is a file, not a folder; move it away or choose another"
+    for resume in ("auto", "never", str(tmp_path)):
+        with pytest.raises(CheckpointError, match=message.format("run")):
+            find_resume(tmp_path / "run" / "checkpoints", resume, mesh)
+    with pytest.raises(CheckpointError, match=message.format("checkpoints")):
+        saver()
+
+
+def test_an_abandoned_course_is_superseded(saver: Callable[..., Checkpointer], mesh: Mesh) -> None:
+    checkpointer = saver(keep_last=9)
+
+    def course(value: int, *numbers: int) -> None:
+        for step in numbers:
+            checkpointer.save(step, {"x": torch.tensor(value)}, {"value": value})
+
+    course(1, 1, 2, 3)
+    (checkpointer.folder / "step-00000003.old").mkdir()  # replaced, by a run that was killed before it deleted it
+    saver()
+    assert latest(checkpointer.folder) == checkpointer.folder / "step-00000003"
+    for value in (1, 2):  # the second time it replaces what is superseded already
+        checkpointer = saver(resumed_step=1, keep_last=9)
+        assert steps(checkpointer.folder) == ["step-00000001", "step-00000002.superseded", "step-00000003.superseded"]
+        assert find_resume(checkpointer.folder, "auto", mesh) == checkpointer.folder / "step-00000001"
+        aside = checkpointer.folder / "step-00000003.superseded"
+        assert find_resume(checkpointer.folder, str(aside), mesh) == aside
+        assert load(aside, {"x": torch.tensor(0)}) == {"value": value}
+        course(2, 3)
 
 
 def test_tensors_of_another_model(saver: Callable[..., Checkpointer], mesh: Mesh) -> None:
@@ -424,7 +462,7 @@ def four_ranks(folder: Path, _: Path) -> None:
     tensors = example() | sharded(experts(), mesh)
     checkpointer = Checkpointer(folder, mesh, keep_last=2, keep_every=0, asynchronous=True)
     copied = sum(copy.nbytes for copy in checkpointer._copy(checkpoint._owned(tensors, mesh)).values())
-    copies = checkpoint._on_all_ranks(mesh.host_group, lambda: copied)
+    copies = on_all_ranks(lambda: copied, mesh.host_group)
     assert sum(copies) == sum(tensor.nbytes for tensor in whole.values()), copies  # nothing twice
     assert min(copies) > 0, copies
 
@@ -435,12 +473,22 @@ def four_ranks(folder: Path, _: Path) -> None:
     load(folder / "step-00000001", tensors, mesh)
     assert_same_bits(locally(tensors), locally(example() | sharded(experts(), mesh)))
 
+    hashed: list[str] = []
+    sha256 = checkpoint.sha256
+    checkpoint.sha256 = lambda file: hashed.append(file.name) or sha256(file)  # type: ignore[func-returns-value]
+    assert find_resume(folder, "auto", mesh) == folder / "step-00000001"
+    checkpoint.sha256 = sha256
+    shares = on_all_ranks(lambda: hashed, mesh.host_group)
+    assert sorted(map(len, shares)) == [1, 1, 1, 2]
+    assert len(set().union(*shares)) == 5  # no file twice
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if mesh.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     checkpointer.save(2, tensors, PROGRESS)
-    with pytest.raises(CheckpointError, match="step-00000002 failed: rank 1: "):
+    with pytest.raises(CheckpointError, match="step-00000002 failed: rank 1: ") as caught:
         checkpointer.save(3, tensors, PROGRESS)
+    assert caught.value.agreed
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if mesh.rank == 0:  # which cleans up
         assert steps(folder) == ["step-00000001"]
@@ -452,6 +500,19 @@ def four_ranks(folder: Path, _: Path) -> None:
         load(there, tensors, mesh)
     with pytest.raises(CheckpointError, match=r"checkpoint.resume = never"):
         find_resume(folder, "never", mesh)
+    file = folder / "step-00000004" / "__3_0.distcp"
+    if mesh.rank == 0:
+        content = file.read_bytes()
+        flip(file)
+    dist.barrier(mesh.host_group)
+    with warnings.catch_warnings(record=True) as said:
+        assert find_resume(folder, "auto", mesh) == folder / "step-00000001"
+    assert len(said) == (mesh.rank == 0)
+    with pytest.raises(CheckpointError, match=r"step-00000004 is damaged: .*__3_0\.distcp: its SHA-256") as caught:
+        find_resume(folder, str(folder / "step-00000004"), mesh)
+    assert caught.value.agreed
+    if mesh.rank == 0:
+        file.write_bytes(content)
 
 
 def two_ranks(folder: Path, other: Path) -> None:

@@ -6,11 +6,14 @@ import argparse
 import gzip
 import json
 import os
+import platform
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +40,7 @@ from moetrain.data import (
 from moetrain.data.build import build, is_held_out
 from moetrain.data.corpus import Corpus
 from moetrain.errors import DataError
+from moetrain.files import sha256
 
 TEXTS = [f"document {i}: ärger, 数据 and <|endoftext|>\n" * (i % 7 + 1) for i in range(120)]
 
@@ -310,6 +314,29 @@ def test_failing_build_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
 
 
+def test_killed_build_is_cleared_by_the_next(tmp_path: Path, corpus_file: Path) -> None:
+    out = tmp_path / "out"
+    killed = get_context("spawn").Process(target=build, args=([str(corpus_file)], out, DyingTokenizer()))
+    killed.start()
+    killed.join()
+    (staging,) = tmp_path.glob(".out.*")
+    assert str(killed.pid) in staging.name
+    old = staging.with_name(f"{staging.name}.old")
+    old.mkdir()
+    kept = {
+        f".out.{platform.node()}.{os.getpid()}.01234567.tmp": "of a living process",
+        staging.name.replace(platform.node(), "elsewhere"): "of another machine",
+        f".out.two.{platform.node()}.{killed.pid}.01234567.tmp": "of another destination",
+    }
+    for name in kept:
+        (tmp_path / name).mkdir()
+    build([str(corpus_file)], out, BytesTokenizer(), held_out_fraction=0.2, progress=False)
+    expected = {*kept, "corpus.jsonl", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {*expected, old.name}, "what was replaced is not replaced yet"
+    build([str(corpus_file)], out, BytesTokenizer(), held_out_fraction=0.2, force=True, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
 def test_existing_folders(tmp_path: Path, corpus_file: Path, built: Path) -> None:
     before = contents(built)
     with pytest.raises(DataError, match="already exists"):
@@ -329,8 +356,9 @@ def test_existing_folders(tmp_path: Path, corpus_file: Path, built: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "corpus.jsonl", "precious"]
 
 
+@pytest.mark.parametrize("interrupted", ["before the new takes the name", "after the old has lost it"])
 def test_failed_replacement_restores_what_was_there(
-    built: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+    built: Path, corpus_file: Path, interrupted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(built)
     rename = Path.rename
@@ -338,7 +366,10 @@ def test_failed_replacement_restores_what_was_there(
     def failing_rename(path: Path, target: Path) -> Path:
         if path.suffix == ".tmp":
             raise OSError(5, "Input/output error")
-        return rename(path, target)
+        renamed = rename(path, target)
+        if path == built and interrupted == "after the old has lost it":  # a signal's exception, say
+            raise OSError(5, "Input/output error")
+        return renamed
 
     monkeypatch.setattr(Path, "rename", failing_rename)
     with pytest.raises(DataError, match="Input/output error"):
@@ -485,6 +516,72 @@ def test_split_reads_across_shards(built: Path) -> None:
             split.read(start, count)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "byte-level", "metaspace"])
+def test_count_text_bytes(tmp_path: Path, corpus_file: Path, tokenizer_json: Path, kind: str) -> None:
+    name = "bytes" if kind == "bytes" else str(tokenizer_json)
+    if kind == "metaspace":  # its decoder drops the blank that its encoder puts before each document
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+        tokenizer.train_from_iterator(TEXTS, trainer)
+        name = str(tmp_path / "metaspace.json")
+        tokenizer.save(name)
+    build([str(corpus_file)], tmp_path / "out", load_tokenizer(name), held_out_fraction=0.2, workers=1, progress=False)
+    dataset = open_dataset(DataConfig(path=str(tmp_path / "out")))
+    split = dataset.heldout
+    assert dataset.count_text_bytes(split, 0, split.num_tokens) == split.num_bytes
+    texts = [len(text.encode()) for text in expected_documents(0.2)["heldout"]]
+    ends = np.flatnonzero(split.read(0, split.num_tokens) == dataset.end_of_document)
+    start = int(ends[1]) + 1
+    assert dataset.count_text_bytes(split, start, int(ends[4]) - start) == sum(texts[2:5])
+    middle = start + 7  # of a document, perhaps of a character
+    halves = [(0, middle), (middle, split.num_tokens - middle)]
+    error = sum(dataset.count_text_bytes(split, *half) for half in halves) - split.num_bytes
+    assert abs(error) <= (0 if kind == "bytes" else 6)
+    assert dataset.count_text_bytes(split, int(ends[0]), 1) == dataset.count_text_bytes(split, 3, 0) == 0
+    with pytest.raises(IndexError):
+        dataset.count_text_bytes(split, 1, split.num_tokens)
+
+
+def test_verify_hashes_in_parallel(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2)
+    calls = iter(range(100))
+
+    def slow_sha256(path: Path) -> str:
+        if next(calls) < 2:
+            together.wait(timeout=20)
+        return sha256(path)
+
+    monkeypatch.setattr("moetrain.data.dataset.sha256", slow_sha256)
+    open_dataset(DataConfig(path=str(built)), verify=True)
+
+
+def test_start_verifies_small_data_only(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(path.stat().st_size for path in built.glob("*.bin"))
+    flip_last_byte(built / "heldout-00000.bin")
+    monkeypatch.setattr("moetrain.data.dataset.VERIFIED_AT_START", size - 1)
+    open_dataset(DataConfig(path=str(built)), verify=True)
+    with pytest.raises(DataError, match="altered shard"):
+        run(add_info_arguments, info_command, str(built), "--verify")
+    monkeypatch.setattr("moetrain.data.dataset.VERIFIED_AT_START", size)
+    with pytest.raises(DataError, match="altered shard"):
+        open_dataset(DataConfig(path=str(built)), verify=True)
+
+
+def test_fingerprint_tells_of_a_rebuild(built: Path, corpus_file: Path) -> None:
+    def rebuilt(fraction: float) -> str:
+        build([str(corpus_file)], built, BytesTokenizer(), held_out_fraction=fraction, force=True, progress=False)
+        return open_dataset(DataConfig(path=str(built))).fingerprint
+
+    first = rebuilt(0.2)
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert rebuilt(0.2) == first
+    assert rebuilt(0.3) != first
+    write_jsonl(corpus_file, [text.swapcase() for text in TEXTS])  # as long as before
+    assert rebuilt(0.2) != first
+
+
 def test_check_vocabulary(built: Path) -> None:
     dataset = open_dataset(DataConfig(path=str(built)))
     check_vocabulary(dataset, 257)
@@ -595,3 +692,34 @@ def test_commands(tmp_path: Path, tokenizer_json: Path, capsys: pytest.CaptureFi
     assert f"{dataset.train.num_tokens:,}" in shown
     assert shown.count("OK") == 2
     assert "document 0: ärger" in shown
+
+
+def test_info_of_a_path_that_is_no_folder(tmp_path: Path, corpus_file: Path) -> None:
+    for path, problem in ((corpus_file, "not a folder"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(DataError, match=f"^{re.escape(str(path))}: {problem}: give"):
+            run(add_info_arguments, info_command, str(path))
+        with pytest.raises(DataError, match=f"^data.path = {re.escape(str(path))}: {problem}: make"):
+            open_dataset(DataConfig(path=str(path)))
+
+
+def test_sigterm_cleans_up(tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TerminatedTokenizer(BytesTokenizer):
+        def encode(self, text: str | bytes) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().encode(text)
+
+    def of_the_caller(*_: object) -> None:
+        raise RuntimeError("the caller's handler")
+
+    monkeypatch.setattr("moetrain.data.commands.load_tokenizer", lambda *_: TerminatedTokenizer())
+    before = signal.signal(signal.SIGTERM, of_the_caller)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            run(add_build_arguments, build_command, "--out", str(tmp_path / "out"), str(corpus_file))
+        assert exit_.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is of_the_caller
+        with pytest.raises(RuntimeError):  # the embedded build leaves signals alone
+            build([str(corpus_file)], tmp_path / "out", TerminatedTokenizer(), progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]

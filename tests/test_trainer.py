@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import json
 import math
@@ -19,11 +20,12 @@ import pytest
 import torch
 from ranks import free_port, run_ranks
 
+from moetrain.checkpoint import read_manifest
 from moetrain.config import Config, from_dict, load_config, to_yaml
 from moetrain.data.build import build
 from moetrain.data.tokenizer import BytesTokenizer
-from moetrain.errors import CheckpointError, UserError
-from moetrain.parallel import create_mesh, destroy_mesh
+from moetrain.errors import CheckpointError, DataError, UserError
+from moetrain.evaluate import evaluate_command
 from moetrain.trainer import Trainer, train
 
 SMALL: dict[str, Any] = {
@@ -80,7 +82,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, data_folder: Path, capsys
     config = make_config(tmp_path / "run", data_folder)
     run(config)
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"config.yaml", "metrics.jsonl", "checkpoints", "loss.png"}
+    assert files == {"config.yaml", "metrics.jsonl", "checkpoints", "loss.png", ".lock"}
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config
     recorded = metrics(tmp_path / "run")
     assert list(recorded) == list(range(1, 9))
@@ -165,12 +167,100 @@ def test_a_bad_gradient_skips_the_update_and_too_many_stop_the_run(
     run(make_config(tmp_path / "one", data_folder, "train.max_bad_steps=2"))
     assert torch.equal(weights[3], weights[4])
     assert not torch.equal(weights[4], weights[5])
-    assert metrics(tmp_path / "one")[8]["bad_steps"] == 1
+    assert [record["bad_steps"] for record in metrics(tmp_path / "one").values()] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert metrics(tmp_path / "one")[3]["grad_norm"] is None
 
     bad.update({4})
     with pytest.raises(UserError, match="step 4: 2 steps in a row had a NaN or Inf gradient"):
         train(make_config(tmp_path / "two", data_folder, "train.max_bad_steps=2"))
+
+
+def test_what_cannot_be_scored_is_refused_before_training(tmp_path: Path, data_folder: Path) -> None:
+    settings = ["data.seq_len=8192", "train.tokens_per_step=8192", "eval.tokens=8192"]
+    with pytest.raises(DataError, match="heldout split"):
+        train(make_config(tmp_path / "run", data_folder, *settings))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_going_on_from_an_earlier_step_leaves_the_old_course(tmp_path: Path, data_folder: Path) -> None:
+    run(make_config(tmp_path / "run", data_folder))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    run(
+        make_config(
+            tmp_path / "run", data_folder, f"checkpoint.resume={checkpoints / 'step-00000006'}", "train.steps=7"
+        )
+    )
+    assert {path.name for path in checkpoints.iterdir()} >= {"step-00000007", "step-00000008.superseded"}
+    run(make_config(tmp_path / "run", data_folder))  # auto: from step 7 of the new course
+    assert list(metrics(tmp_path / "run")) == list(range(1, 9))
+    assert (checkpoints / "step-00000008").is_dir()
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path, data_folder: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        train(make_config(tmp_path / "run", data_folder))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, data_folder: Path) -> None:
+    config = make_config(tmp_path / "run", data_folder)
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is using this folder"):
+            train(config)
+    run(config)
+
+
+def test_a_request_that_arrives_twice_is_one_request(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer._step
+
+    def stop_twice(self: Trainer, batches: Any) -> None:
+        if self.progress.step == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+        original(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", stop_twice)
+    run(make_config(tmp_path / "run", data_folder))
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert max(metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("seed", [20_240_501, 2**63 - 1])
+def test_any_seed_that_the_config_accepts(tmp_path: Path, data_folder: Path, seed: int) -> None:
+    settings = [f"train.seed={seed}", "router.jitter=0.1", "train.steps=2"]
+    run(make_config(tmp_path / "run", data_folder, *settings))
+
+
+def test_resuming_says_what_changed(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_config(tmp_path / "run", data_folder, "train.steps=3"))
+    run(make_config(tmp_path / "run", data_folder, "train.steps=4", "train.seed=5", "metrics.console=plain"))
+    printed = capsys.readouterr()
+    assert "train.seed = 5 (was 0)" in printed.out + printed.err
+    assert "reading the data from their beginning" in printed.out + printed.err
+    saved = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000004").progress
+    assert saved["samples"] == 512 // 32
+
+
+def test_profile_after_a_resume_counts_from_the_first_step(tmp_path: Path, data_folder: Path) -> None:
+    run(make_config(tmp_path / "run", data_folder, "train.steps=3"))
+    settings = ["train.profile.start=5", "train.profile.steps=1", "train.steps=7"]
+    run(make_config(tmp_path / "run", data_folder, *settings))
+    with gzip.open(tmp_path / "run" / "profile" / "rank0.json.gz") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"] if "ProfilerStep" in event.get("name", "")}
+    assert names == {"ProfilerStep#1"}  # counted from the step after the resume, 4: this is step 5
+
+
+def test_a_run_of_two_ranks_is_scored_by_one(tmp_path: Path, data_folder: Path) -> None:
+    values = dataclasses.asdict(make_config(tmp_path, data_folder, "parallel.dp=2", "parallel.ep=2", "train.steps=2"))
+    run_ranks(2, train_topologies, values, [(str(tmp_path / "run"), [])], [free_port()])
+    assert evaluate_command(str(tmp_path / "run"), [], str(tmp_path / "score.json")) == 0
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["heldout/loss"] == pytest.approx(metrics(tmp_path / "run")[2]["heldout/loss"], rel=2e-5)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, data_folder: Path) -> None:
@@ -285,16 +375,3 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_finishes_it_bit_for_bit
     assert subprocess.run(command("killed"), timeout=120).returncode == 0
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     assert metrics(tmp_path / "killed")[40]["heldout/loss"] == metrics(tmp_path / "whole")[40]["heldout/loss"]
-
-
-def test_ranks_agree_on_an_error_of_one(tmp_path: Path) -> None:
-    run_ranks(2, fail_on_rank_one)
-
-
-def fail_on_rank_one() -> None:
-    from moetrain.parallel import raise_together
-
-    mesh = create_mesh(device="cpu")
-    with pytest.raises(ValueError, match="of rank 1"):
-        raise_together(ValueError("of rank 1") if mesh.rank == 1 else None, mesh)
-    destroy_mesh()

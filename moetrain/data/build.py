@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 import signal
@@ -26,6 +28,7 @@ from moetrain.data.corpus import Corpus, Document
 from moetrain.data.index import INDEX_FILE, TOKENIZER_FILE, Index, Shard
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
+from moetrain.files import fsync_folder, written_aside
 
 HELD_OUT_FRACTION = 0.05
 SHARD_TOKENS = 1 << 28
@@ -48,6 +51,8 @@ def build(
     progress: bool = True,
 ) -> Index:
     """Build a data set in the folder `out_dir`, which is complete or absent whatever happens.
+
+    It grows in a hidden folder beside `out_dir`; those that killed builds left there are removed.
 
     The result does not depend on `workers`. A document is held out by a hash of its key, so it stays on its side when
     other documents come or go.
@@ -74,9 +79,10 @@ def build(
     if workers is None:
         workers = 1 if tokenizer.identity["kind"] == "bytes" else os.cpu_count() or 1
 
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    staging = out.with_name(f"{_staging_prefix(out)}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
         staging.mkdir()
         train, heldout = _write_shards(
             corpus, staging, tokenizer, held_out_fraction, shard_tokens, workers, progress=progress
@@ -96,9 +102,9 @@ def build(
             heldout=heldout,
         )
         if tokenizer.definition is not None:
-            (staging / TOKENIZER_FILE).write_bytes(tokenizer.definition)
-            _fsync(staging / TOKENIZER_FILE)
-        _fsync(index.write(staging))
+            with written_aside(staging / TOKENIZER_FILE) as aside:
+                aside.write_bytes(tokenizer.definition)
+        index.write(staging)
         _publish(staging, out, force)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
@@ -121,15 +127,41 @@ def _check_destination(out: Path, force: bool) -> None:
         raise DataError(f"{out}: exists and is not a data set: --force does not replace it")
 
 
+def _staging_prefix(out: Path) -> str:
+    # The machine's name, because a folder may be shared by machines and a process id says nothing on another one.
+    return f".{out.name}.{platform.node()}."
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what builds of `out` on this machine left when they were killed."""
+    pattern = re.compile(re.escape(_staging_prefix(out)) + r"(\d+)\.[0-9a-f]{8}\.tmp(\.old)?")
+    for folder in list(out.parent.iterdir()):
+        match = pattern.fullmatch(folder.name)
+        # Killed in the middle of a replacement: what was replaced may be the only data set there is.
+        if match and not _is_alive(int(match[1])) and (match[2] is None or out.exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
 def _publish(staging: Path, out: Path, force: bool) -> None:
-    _fsync(staging)
+    fsync_folder(staging)
     if force and out.exists():
         old = staging.with_name(f"{staging.name}.old")
-        out.rename(old)
         try:
+            out.rename(old)
             staging.rename(out)
         except BaseException:
-            old.rename(out)
+            if not out.exists():
+                old.rename(out)
             raise
         shutil.rmtree(old)
     else:
@@ -139,15 +171,7 @@ def _publish(staging: Path, out: Path, force: bool) -> None:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise DataError(f"{out}: appeared while it was being built; nothing was replaced") from None
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(out.parent)
 
 
 class _ShardWriter:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,15 +49,16 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 def build_command(args: argparse.Namespace) -> int:
     """Run `moetrain data build`; returns the exit code. Raises DataError."""
     tokenizer = load_tokenizer(args.tokenizer, args.eod)
-    build(
-        args.sources,
-        args.out,
-        tokenizer,
-        held_out_fraction=args.held_out,
-        workers=args.workers,
-        field=args.field,
-        force=args.force,
-    )
+    with _sigterm_exits():
+        build(
+            args.sources,
+            args.out,
+            tokenizer,
+            held_out_fraction=args.held_out,
+            workers=args.workers,
+            field=args.field,
+            force=args.force,
+        )
     dataset = open_dataset(DataConfig(path=args.out))
     console = Console(soft_wrap=True, highlight=False)
     console.print(escape(f"{args.out}: {dataset.describe()}"))
@@ -73,7 +79,13 @@ def info_command(args: argparse.Namespace) -> int:
     """Run `moetrain data info`; returns the exit code. Raises DataError."""
     if args.sample < 0:
         raise DataError(f"--sample {args.sample}: must not be negative")
-    dataset = open_dataset(DataConfig(path=args.dir), verify=args.verify)
+    folder = Path(args.dir).expanduser()
+    if args.dir != "stdlib" and not folder.is_dir():
+        problem = "not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{args.dir}: {problem}: give a folder made by `moetrain data build`, or stdlib")
+    dataset = open_dataset(DataConfig(path=args.dir))
+    if args.verify:
+        dataset.verify()
     splits = (dataset.train, dataset.heldout)
     table = Table(title=escape(dataset.name))
     table.add_column()
@@ -98,3 +110,20 @@ def info_command(args: argparse.Namespace) -> int:
         tokens = dataset.train.read(0, min(args.sample, dataset.train.num_tokens))
         console.print(dataset.tokenizer().decode(tokens), markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that clean-up runs.
+
+    Here and not in `build`, which also runs inside a training process: there signals are the trainer's.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from moetrain.data.corpus import stdlib_files
 from moetrain.data.index import FORMAT_VERSION, INDEX_FILE, TOKENIZER_FILE, Index, Shard
 from moetrain.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from moetrain.errors import DataError
+from moetrain.files import sha256
+
+VERIFIED_AT_START = 8 << 30
+"""Bytes of shards up to which :func:`open_dataset` compares checksums: ranks wait for it at every start."""
+_HASH_THREADS = 8
 
 
 class Split:
@@ -38,7 +44,7 @@ class Split:
         self._maps = []
         for shard in shards:
             path = folder / shard.file
-            expected = shard.tokens * shard.storage.itemsize
+            expected = shard.size
             try:
                 size = path.stat().st_size
                 if size != expected:
@@ -69,17 +75,6 @@ class Split:
             shard += 1
         return tokens
 
-    def verify(self) -> None:
-        """Compare every shard with its checksum.
-
-        Raises:
-            DataError: a shard was altered.
-        """
-        for shard in self.shards:
-            path = self.folder / shard.file
-            if _sha256(path) != shard.sha256:
-                raise DataError(f"{path}: altered shard: its SHA-256 is not the index's: {_remedy(self.folder)}")
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -104,6 +99,11 @@ class Dataset:
     def tokenizer_identity(self) -> dict[str, str]:
         return self.index.tokenizer
 
+    @property
+    def fingerprint(self) -> str:
+        """Another one tells that the data were built again, from other text or in another way."""
+        return self.index.fingerprint
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens.
 
@@ -114,15 +114,36 @@ class Dataset:
         if identity.get("kind") == "bytes":
             return BytesTokenizer()
         path = self.folder / TOKENIZER_FILE
-        self._verify_tokenizer()
+        self._compare(TOKENIZER_FILE, identity.get("sha256"), "tokenizer")
         return HuggingFaceTokenizer(path.read_bytes(), str(path), identity.get("end_of_document_token"))
 
     def verify(self) -> None:
         """Compare everything with its checksum; reads all of the data. Raises DataError at the first difference."""
-        self.train.verify()
-        self.heldout.verify()
+        files = [(shard.file, shard.sha256, "shard") for shard in (*self.train.shards, *self.heldout.shards)]
         if self.tokenizer_identity.get("kind") != "bytes":
-            self._verify_tokenizer()
+            files.append((TOKENIZER_FILE, self.tokenizer_identity.get("sha256", ""), "tokenizer"))
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing lets other threads run
+            list(pool.map(lambda file: self._compare(*file), files))
+
+    def count_text_bytes(self, split: Split, start: int, count: int) -> int:
+        """UTF-8 bytes of the text that tokens start … start + count - 1 of a split stand for.
+
+        Ends of documents stand for none. Exact for bytes. For other tokenizers the ids are decoded, document by
+        document: exact where decoding gives back the text, but for a few bytes at either end of a range that begins or
+        ends in the middle of a character or, for some tokenizers, of a document.
+
+        Raises:
+            IndexError: the range is not inside the split.
+            DataError: see :meth:`tokenizer`.
+        """
+        tokens = split.read(start, count)
+        ends = np.flatnonzero(tokens == self.end_of_document)
+        if self.tokenizer_identity.get("kind") == "bytes":
+            return count - ends.size
+        tokenizer = self.tokenizer()
+        # Not all at once: decoders treat the first token of a document in their own way, as encoders do.
+        documents = np.split(tokens, ends)
+        return sum(len(tokenizer.decode(ids[ids != self.end_of_document]).encode()) for ids in documents)
 
     def describe(self) -> str:
         """One line for a log."""
@@ -132,10 +153,14 @@ class Dataset:
             f"({self.tokenizer_identity.get('name', self.tokenizer_identity.get('kind'))})"
         )
 
-    def _verify_tokenizer(self) -> None:
-        path = self.folder / TOKENIZER_FILE
-        if _sha256(path) != self.tokenizer_identity.get("sha256"):
-            raise DataError(f"{path}: altered tokenizer: its SHA-256 is not the index's: {_remedy(self.folder)}")
+    def _compare(self, file: str, expected: str | None, kind: str) -> None:
+        path = self.folder / file
+        try:
+            actual = sha256(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if actual != expected:
+            raise DataError(f"{path}: altered {kind}: its SHA-256 is not the index's: {_remedy(self.folder)}")
 
 
 def open_dataset(config: DataConfig, *, verify: bool = False) -> Dataset:
@@ -144,18 +169,20 @@ def open_dataset(config: DataConfig, *, verify: bool = False) -> Dataset:
     Sizes of shards are always compared with the index. Processes may call this at the same time.
 
     Args:
-        verify: compare checksums too, which reads all of the data.
+        verify: compare checksums too, which reads all of the data; not those of more than VERIFIED_AT_START bytes,
+            which `moetrain data info --verify` checks.
 
     Raises:
         DataError: the folder is missing, damaged, altered or of another format version.
     """
     folder = _stdlib_folder(config) if config.path == "stdlib" else Path(config.path).expanduser()
     if not folder.is_dir():
-        raise DataError(f"data.path = {config.path}: no such folder: make it with `moetrain data build`, or use stdlib")
+        problem = "not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"data.path = {config.path}: {problem}: make it with `moetrain data build`, or use stdlib")
     index = Index.read(folder)
     name = "stdlib" if config.path == "stdlib" else folder.resolve().name
     dataset = Dataset(name, folder, index, Split(folder, "train", index.train), Split(folder, "heldout", index.heldout))
-    if verify:
+    if verify and sum(shard.size for shard in (*index.train, *index.heldout)) <= VERIFIED_AT_START:
         dataset.verify()
     return dataset
 
@@ -194,11 +221,3 @@ def _remedy(folder: Path) -> str:
     if folder.name.startswith("stdlib-"):
         return f"remove {folder}, it is built again at the next start"
     return "build the data again with `moetrain data build --force`"
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None

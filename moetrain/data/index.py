@@ -6,6 +6,7 @@ end-of-document id) and, where the tokenizer is not bytes, its tokenizer.json.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.errors import DataError
+from moetrain.files import write_text
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -40,6 +42,11 @@ class Shard:
         """The dtype as it lies in the file."""
         return np.dtype(self.dtype).newbyteorder("<")
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.tokens * self.storage.itemsize
+
 
 @dataclass(frozen=True)
 class Index:
@@ -54,12 +61,16 @@ class Index:
     train: tuple[Shard, ...]
     heldout: tuple[Shard, ...]
 
-    def write(self, folder: Path) -> Path:
-        """Write index.json into a folder that nobody reads yet; returns its path."""
-        path = folder / INDEX_FILE
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of the contents, shards' checksums included, wherever they came from."""
+        contents = {key: value for key, value in asdict(self).items() if key != "source"}
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write index.json, durable."""
         contents = {"format_version": FORMAT_VERSION, **asdict(self)}
-        path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-        return path
+        write_text(folder / INDEX_FILE, json.dumps(contents, indent=2) + "\n")
 
     @staticmethod
     def read(folder: Path) -> Index:
