@@ -1,5 +1,6 @@
 """The command line: help, dispatch, and where the work is sent."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -209,14 +210,25 @@ def test_user_errors_are_one_line(error, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest's stderr is no file
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_only_rank_0_prints_a_user_error_but_all_record_it(rank, lines, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "agreed", "printed"),
+    [
+        ("0", True, "moetrain: error: shard 3 is short\n"),
+        ("1", True, ""),
+        ("1", False, "moetrain: error: rank 1: shard 3 is short\n"),
+    ],
+)
+def test_an_error_of_all_ranks_is_printed_once_and_recorded_by_each(
+    rank, agreed, printed, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    fail_with(monkeypatch, DataError("shard 3 is short"))
+    error = DataError("shard 3 is short")
+    error.agreed = agreed
+    fail_with(monkeypatch, error)
     assert main(["train", "tiny"]) == 1
-    assert capsys.readouterr().err.count("\n") == lines
+    assert capsys.readouterr().err == printed
     recorded = json.loads((tmp_path / "error.json").read_text())
     assert recorded["message"]["message"] == "DataError: shard 3 is short"
 
@@ -225,6 +237,12 @@ def test_bugs_keep_their_traceback(monkeypatch):
     fail_with(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         main(["train", "tiny"])
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    fail_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "runs/tiny/metrics.jsonl"))
+    assert main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err == "moetrain: error: runs/tiny/metrics.jsonl: No space left on device\n"
 
 
 def test_interrupt(monkeypatch):
