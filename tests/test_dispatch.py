@@ -1,0 +1,59 @@
+"""Dispatch and combine over real ranks against the same layer on one rank, in float64."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from moetrain.kernels import Routing, expert_mlp
+from moetrain.parallel import AllToAllDispatcher, create_mesh
+
+TOKENS, DIM, INNER, EXPERTS, TOP_K = 10, 8, 6, 8, 3
+
+
+def test_dispatch_over_four_ranks_equals_one_rank() -> None:
+    run_ranks(4, compare_with_one_rank)
+
+
+def compare_with_one_rank() -> None:
+    mesh = create_mesh(ep=4, device="cpu")
+    for reachable in (EXPERTS, 4):  # with 4, the experts of the upper two ranks get no row at all
+        generator = torch.Generator().manual_seed(reachable)  # the same weights on all ranks
+        w_gate_up = torch.randn(EXPERTS, 2 * INNER, DIM, dtype=torch.float64, generator=generator)
+        w_down = torch.randn(EXPERTS, DIM, INNER, dtype=torch.float64, generator=generator)
+        generator.manual_seed(100 + mesh.rank)  # other tokens on each
+        x_TD = torch.randn(TOKENS, DIM, dtype=torch.float64, generator=generator)
+        ids_TK = torch.stack([torch.randperm(reachable, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+        weights_TK = torch.rand(TOKENS, TOP_K, dtype=torch.float64, generator=generator)
+
+        leaves = [tensor.clone().requires_grad_() for tensor in (x_TD, weights_TK, w_gate_up, w_down)]
+        expected = expert_mlp(leaves[0], leaves[2], leaves[3], Routing.from_topk(ids_TK, leaves[1], EXPERTS))
+        expected.square().sum().backward()
+        for weight in leaves[2:]:  # all ranks' tokens reach every expert
+            assert weight.grad is not None
+            dist.all_reduce(weight.grad)
+
+        mine = slice(mesh.rank * 2, mesh.rank * 2 + 2)
+        local = [x_TD, weights_TK, w_gate_up[mine], w_down[mine]]
+        local = [tensor.clone().requires_grad_() for tensor in local]
+        dispatcher = AllToAllDispatcher(mesh.ep_group)
+        dispatched = dispatcher.dispatch(local[0], Routing.from_topk(ids_TK, local[1], EXPERTS))
+        y_RD = expert_mlp(dispatched.x_RD, local[2], local[3], dispatched.routing)
+        y_TD = dispatcher.combine(y_RD, dispatched)
+        y_TD.square().sum().backward()
+
+        assert dispatched.way_back is not None
+        assert dispatched.way_back.rows_sent == distinct_rows(ids_TK)
+        torch.testing.assert_close(y_TD, expected, rtol=1e-12, atol=0)
+        for name, leaf, reference in zip(("x", "weights", "w_gate_up", "w_down"), local, leaves, strict=True):
+            assert leaf.grad is not None
+            assert reference.grad is not None
+            theirs = reference.grad[mine] if name.startswith("w_") else reference.grad
+            assert float((leaf.grad - theirs).norm()) <= 1e-13 * max(1.0, float(theirs.norm())), name
+
+
+def distinct_rows(ids_TK: Tensor) -> list[int]:
+    """One row for each token and rank that holds one of its experts (two experts a rank)."""
+    return [int((ids_TK // 2 == rank).any(1).sum()) for rank in range(4)]
