@@ -30,17 +30,22 @@ def gated_activation(h_N2I: Tensor, activation: Activation) -> Tensor:
     return GATES[activation](gate_NI) * up_NI
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that `auto` stands for on this device and dtype; any other name is checked and returned.
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> Backend:
+    """The backend that `auto` stands for here, with experts of [inner, dim]; any other name is checked and returned.
 
-    torch's grouped product where it has a kernel (bfloat16 on CUDA), a loop over the experts elsewhere.
+    torch's grouped product where it has a kernel (bfloat16 on CUDA, rows of a multiple of 16 bytes), a loop over the
+    experts elsewhere. Raises ValueError for a name that does not exist or a backend that cannot do this.
     """
-    if requested == "auto":
-        return "torch" if device.type == "cuda" and dtype == torch.bfloat16 else "reference"
-    if requested not in get_args(Backend):
+    if requested != "auto" and requested not in get_args(Backend):
         raise ValueError(f"backend {requested!r}: there are auto, {', '.join(get_args(Backend))}")
-    if requested == "torch" and dtype == torch.float64:
-        raise ValueError("backend 'torch' has no float64: use 'reference'")
+    aligned = dim * dtype.itemsize % 16 == inner * dtype.itemsize % 16 == 0
+    if requested == "torch":
+        if dtype == torch.float64:
+            raise ValueError("backend 'torch' has no float64: use 'reference'")
+        if device.type == "cuda" and not aligned:
+            raise ValueError(f"backend 'torch' takes rows of 16-byte multiples, not {dtype} × {dim} and {inner}")
+    if requested == "auto":
+        return "torch" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "reference"
     return requested  # type: ignore[return-value]
 
 
@@ -60,8 +65,9 @@ def expert_mlp(
     ValueError where shapes or dtypes disagree.
     """
     _check(x_TD, w_gate_up_E2ID, w_down_EDI, routing, activation)
-    chosen = choose_backend(backend, x_TD.device, x_TD.dtype)
-    product = _grouped_product if chosen == "torch" else _looped_product
+    chosen = choose_backend(backend, x_TD.device, x_TD.dtype, x_TD.shape[1], w_down_EDI.shape[2])
+    # A rank may receive no rows at all, which the loop takes and a kernel may not.
+    product = _grouped_product if chosen == "torch" and routing.num_pairs else _looped_product
     x_ND = _GatherRows.apply(x_TD, routing)
     h_N2I = product(x_ND, w_gate_up_E2ID, routing)
     # The weight is applied to the narrower of the two sides of the down projection, which is linear in it.

@@ -244,7 +244,10 @@ class Decoder(nn.Module):
     @property
     def expert_backend(self) -> str:
         """Name of the implementation that computes the experts here."""
-        return choose_backend(self.config.kernels.experts, self.embedding.device, self.compute_dtype)
+        model = self.config.model
+        return choose_backend(
+            self.config.kernels.experts, self.embedding.device, self.compute_dtype, model.dim, model.expert_dim
+        )
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.kernels import Routing, expert_mlp
+from moetrain.kernels import Routing, choose_backend, expert_mlp
 
 GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 
@@ -107,12 +107,25 @@ def test_constant_number_of_experts_equals_general_pairs(top_k: int) -> None:
         assert relative_error(first, second) <= 1e-14
 
 
-def test_no_pairs_at_all_gives_zeros() -> None:
+def test_auto_takes_the_grouped_product_only_where_it_has_a_kernel() -> None:
+    cuda, cpu, bf16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    assert choose_backend("auto", cuda, bf16, 64, 32) == "torch"
+    assert choose_backend("auto", cuda, bf16, 64, 36) == "reference"
+    assert choose_backend("auto", cuda, torch.float32, 64, 32) == "reference"
+    assert choose_backend("auto", cpu, bf16, 64, 32) == "reference"
+    with pytest.raises(ValueError, match="16-byte"):
+        choose_backend("torch", cuda, bf16, 60, 32)
+    with pytest.raises(ValueError, match="no float64"):
+        choose_backend("torch", cpu, torch.float64, 64, 32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_no_pairs_at_all_gives_zeros(backend: str) -> None:
     none = torch.empty(0, dtype=torch.int64)
     routing = Routing.from_pairs(none, none, torch.empty(0), 4, 3)
     x = torch.randn(4, 8, requires_grad=True)
     w1, w2 = torch.randn(3, 12, 8, requires_grad=True), torch.randn(3, 8, 6, requires_grad=True)
-    y = expert_mlp(x, w1, w2, routing)
+    y = expert_mlp(x, w1, w2, routing, backend=backend)
     y.sum().backward()
     assert torch.equal(y, torch.zeros(4, 8))
     assert x.grad is not None

@@ -177,7 +177,7 @@ def test_no_utilisation_without_a_peak(clock: Clock) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_memory_of_a_gpu() -> None:
     device = torch.device("cuda", 0)
     throughput = Throughput(Config(), device, 1)

@@ -260,7 +260,7 @@ def test_a_run_of_two_ranks_is_scored_by_one(tmp_path: Path, data_folder: Path) 
     run_ranks(2, train_topologies, values, [(str(tmp_path / "run"), [])], [free_port()])
     assert evaluate_command(str(tmp_path / "run"), [], str(tmp_path / "score.json")) == 0
     score = json.loads((tmp_path / "score.json").read_text())
-    assert score["heldout/loss"] == pytest.approx(metrics(tmp_path / "run")[2]["heldout/loss"], rel=2e-5)
+    assert score["heldout/loss"] == pytest.approx(metrics(tmp_path / "run")[2]["heldout/loss"], rel=5e-6)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, data_folder: Path) -> None:
@@ -329,9 +329,9 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_topology(tmp_path: Path,
     assert list(expected) == list(range(2, 12))
     for folder, _ in topologies:
         for step, values_there in numbers(folder).items():
-            assert values_there == pytest.approx(expected[step], rel=2e-5), (folder, step)
+            assert values_there == pytest.approx(expected[step], rel=5e-6), (folder, step)
         assert metrics(folder)[11]["heldout/loss"] == pytest.approx(
-            metrics(tmp_path / "one")[11]["heldout/loss"], rel=2e-5
+            metrics(tmp_path / "one")[11]["heldout/loss"], rel=5e-6
         )
 
 
