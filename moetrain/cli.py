@@ -267,11 +267,9 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
-    check_world(config, arguments.world_size)
     from moetrain.plan import plan_command
 
-    return plan_command(config, arguments.world_size)
+    return plan_command(load_config(arguments.config, arguments.overrides), arguments.world_size)
 
 
 def _is_worker() -> bool:

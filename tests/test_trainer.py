@@ -182,6 +182,23 @@ def test_what_cannot_be_scored_is_refused_before_training(tmp_path: Path, data_f
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.param_dtype=bfloat16", "train.dtype=bfloat16"],
+        ["model.num_experts=0"],
+        ["data.mask_documents=true", "model.tie_embeddings=true"],
+        ["router.groups=2", "router.top_groups=1", "checkpoint.asynchronous=false", "kernels.experts=torch"],
+        ["model.first_dense_layers=1", "optim.clip_norm=0", "metrics.tensorboard=true"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_options_train(tmp_path: Path, data_folder: Path, settings: list[str]) -> None:
+    run(make_config(tmp_path / "run", data_folder, *settings))
+    recorded = metrics(tmp_path / "run")
+    assert recorded[8]["heldout/loss"] < recorded[4]["heldout/loss"] < recorded[1]["loss_metrics/global_avg_loss"]
+
+
 def test_going_on_from_an_earlier_step_leaves_the_old_course(tmp_path: Path, data_folder: Path) -> None:
     run(make_config(tmp_path / "run", data_folder))
     checkpoints = tmp_path / "run" / "checkpoints"
