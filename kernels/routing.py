@@ -5,36 +5,46 @@ Shapes: T tokens, E experts, K experts a token (where that is a constant), N cho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+MAX_PAIRS = 2**31 - 2**10
+"""Positions are int32, a block of them at a time."""
 
 
 @dataclass(frozen=True)
 class Routing:
     """The chosen (token, expert) pairs, grouped by expert, with what is needed to walk them token by token.
 
-    A token may have any number of experts from 0 to E. All tensors live on one device; nothing here waits for it.
+    A token may have any number of experts from 0 to E. All tensors live on one device; of what is here, only `trimmed`
+    waits for it.
     """
 
     token_ids_N: Tensor
-    """int64, the token of each pair. Pairs are sorted by expert; within an expert they keep the order of the input."""
+    """int32, the token of each pair. Pairs are sorted by expert; within an expert they keep the order of the input."""
     weights_N: Tensor
     """float, the weight of each pair in the same order; carries the gradient to the router."""
     expert_offsets: Tensor
-    """int32 [E + 1]: the pairs of expert e are expert_offsets[e] … expert_offsets[e + 1]."""
+    """int32 [E + 1]: the pairs of expert e are expert_offsets[e] … expert_offsets[e + 1] − 1."""
     pair_ids_N: Tensor
-    """int64: positions in the order above, walked token by token …"""
+    """int32: positions in the order above, walked token by token …"""
     token_offsets: Tensor
     """… int32 [T + 1]: those of token t are pair_ids_N[token_offsets[t]] … pair_ids_N[token_offsets[t + 1] − 1]."""
     num_tokens: int
     num_experts: int
     pairs_per_token: int | None
     """K if every token has exactly K pairs, else None."""
+    padded: bool = False
+    """True: the N entries are room, of which the first expert_offsets[E] = token_offsets[T] are pairs and the rest
+    (token 0, weight 0, position 0) belong to no expert and no token. How many are pairs only the device knows."""
 
     @property
     def num_pairs(self) -> int:
+        """N, the room where this is padded."""
         return self.token_ids_N.numel()
 
     @property
@@ -42,23 +52,45 @@ class Routing:
         """int32 [E]: pairs of each expert."""
         return self.expert_offsets.diff()
 
+    @property
+    def expert_ids_N(self) -> Tensor:
+        """int64 [N]: the expert of each pair (of padding: the last expert)."""
+        pairs_N = torch.arange(self.num_pairs, dtype=torch.int32, device=self.expert_offsets.device)
+        return torch.searchsorted(self.expert_offsets[1:-1], pairs_N, right=True)
+
+    def trimmed(self) -> Routing:
+        """The same without padding. Waits for the device once if this is padded."""
+        if not self.padded:
+            return self
+        pairs = int(self.expert_offsets[-1])
+        return replace(
+            self,
+            token_ids_N=self.token_ids_N[:pairs],
+            weights_N=self.weights_N[:pairs],
+            pair_ids_N=self.pair_ids_N[:pairs],
+            padded=False,
+        )
+
     @staticmethod
     def from_topk(expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
         """Every token has K different experts.
 
-        `expert_ids_TK`: int [T, K] in [0, E); `weights_TK`: float [T, K]. Raises ValueError on other shapes or dtypes
-        and, for CPU tensors (checking a GPU's would wait for it), on ids out of range.
+        `expert_ids_TK`: int32 or int64 [T, K] in [0, E); `weights_TK`: float [T, K], differentiable. Raises ValueError
+        on other shapes or dtypes and, for CPU tensors, on ids out of range. Checking a GPU's ids would wait for it:
+        there an id outside [0, E) counts as the nearest one inside, so that every kernel stays within its arrays.
         """
         _check(expert_ids_TK, weights_TK, num_experts, dimensions=2)
         num_tokens, top_k = expert_ids_TK.shape
-        experts_N = expert_ids_TK.flatten()
-        order_N = experts_N.argsort(stable=True)
+        token_ids_N, weights_N, pair_ids_N, expert_offsets, token_offsets = _GroupByExpert.apply(
+            weights_TK.flatten(), expert_ids_TK.flatten(), num_experts, top_k
+        )
         return Routing(
-            token_ids_N=order_N // top_k,
-            weights_N=weights_TK.flatten()[order_N],
-            expert_offsets=_offsets(experts_N, num_experts),
-            pair_ids_N=_inverse(order_N),
-            token_offsets=torch.arange(num_tokens + 1, dtype=torch.int32, device=experts_N.device) * top_k,
+            token_ids_N=token_ids_N,
+            weights_N=weights_N,
+            expert_offsets=expert_offsets,
+            pair_ids_N=pair_ids_N,
+            # Without pairs the walk cannot tell how many tokens there are.
+            token_offsets=token_offsets if pair_ids_N.numel() else token_offsets.new_zeros(num_tokens + 1),
             num_tokens=num_tokens,
             num_experts=num_experts,
             pairs_per_token=top_k,
@@ -68,38 +100,159 @@ class Routing:
     def from_pairs(
         token_ids_N: Tensor, expert_ids_N: Tensor, weights_N: Tensor, num_tokens: int, num_experts: int
     ) -> Routing:
-        """Any set of pairs, in any order: int [N], int [N], float [N].
+        """Any set of pairs, in any order: int [N], int [N], float [N] (differentiable).
 
-        Raises ValueError on other shapes or dtypes and, for CPU tensors, on ids out of range.
+        Raises ValueError on other shapes or dtypes and, for CPU tensors, on ids out of range; on a GPU such an id
+        counts as the nearest one inside, as in :meth:`from_topk`.
         """
         _check(expert_ids_N, weights_N, num_experts, dimensions=1)
         _check(token_ids_N, weights_N, num_tokens, dimensions=1)
-        order_N = expert_ids_N.argsort(stable=True)
-        tokens_N = token_ids_N[order_N].to(torch.int64)
+        order_N, weights_N, _, expert_offsets, _ = _GroupByExpert.apply(weights_N, expert_ids_N, num_experts, 1)
+        tokens_N = token_ids_N.index_select(0, order_N).to(torch.int32).clamp(0, max(0, num_tokens - 1))
+        walked_N, pair_ids_N = tokens_N.sort(stable=True)
+        edges = torch.arange(num_tokens + 1, dtype=torch.int32, device=tokens_N.device)
         return Routing(
             token_ids_N=tokens_N,
-            weights_N=weights_N[order_N],
-            expert_offsets=_offsets(expert_ids_N, num_experts),
-            pair_ids_N=tokens_N.argsort(stable=True),
-            token_offsets=_offsets(tokens_N, num_tokens),
+            weights_N=weights_N,
+            expert_offsets=expert_offsets,
+            pair_ids_N=pair_ids_N.to(torch.int32),
+            token_offsets=torch.searchsorted(walked_N, edges, out_int32=True),
             num_tokens=num_tokens,
             num_experts=num_experts,
             pairs_per_token=None,
         )
 
+    @staticmethod
+    def from_mask(chosen_TE: Tensor, weights_TE: Tensor, max_pairs: int) -> Routing:
+        """Any set of pairs whose size only the device knows: a padded routing with room for `max_pairs`.
 
-def _offsets(ids_N: Tensor, bins: int) -> Tensor:
-    """int32 [bins + 1]: running count of the ids below each value."""
-    # A sum of ones at each id counts like bincount, without bincount's wait for the largest id on a GPU.
-    counts = torch.zeros(bins + 1, dtype=torch.int32, device=ids_N.device)
-    counts.index_add_(0, ids_N.to(torch.int64) + 1, torch.ones_like(ids_N, dtype=torch.int32))
-    return counts.cumsum(0, dtype=torch.int32)
+        `chosen_TE`: bool [T, E]; `weights_TE`: float [T, E], differentiable (zero gradient where not chosen). Pairs of
+        an expert are in order of their tokens, pairs of a token in order of their experts. The caller must know a bound
+        on the number of chosen pairs; for T·K pairs rounded to tiles of M rows an expert, T·K + E·(M − 1). Raises
+        ValueError on other shapes or dtypes and, for CPU tensors, on more pairs than `max_pairs`; on a GPU that is a
+        device-side assertion, which ends the process's use of the GPU, since silent loss of pairs would be worse.
+        """
+        if chosen_TE.dim() != 2 or chosen_TE.shape != weights_TE.shape:
+            raise ValueError(
+                f"chosen {list(chosen_TE.shape)} and weights {list(weights_TE.shape)} must be equal 2-D shapes"
+            )
+        if chosen_TE.dtype != torch.bool or not weights_TE.is_floating_point():
+            raise ValueError(
+                f"chosen must be bool and weights floating point, not {chosen_TE.dtype} and {weights_TE.dtype}"
+            )
+        if chosen_TE.device != weights_TE.device:
+            raise ValueError(f"chosen is on {chosen_TE.device}, weights on {weights_TE.device}")
+        if not 0 <= max_pairs <= MAX_PAIRS:
+            raise ValueError(f"max_pairs must be in [0, {MAX_PAIRS}], not {max_pairs}")
+        num_tokens, num_experts = chosen_TE.shape
+        expert_offsets = _running_sum(chosen_TE.sum(0, dtype=torch.int32))
+        token_offsets = _running_sum(chosen_TE.sum(1, dtype=torch.int32))
+        if not chosen_TE.is_cuda and int(expert_offsets[-1]) > max_pairs:
+            raise ValueError(f"{int(expert_offsets[-1])} pairs are chosen, more than max_pairs {max_pairs}")
+        torch._assert_async(expert_offsets[-1] <= max_pairs, "more pairs are chosen than max_pairs")
+
+        numbers = torch.arange(1, max_pairs + 1, dtype=torch.int32, device=chosen_TE.device)
+        padding_N = numbers > expert_offsets[-1]
+        # The n-th chosen cell is the first one whose running count is n: a search instead of a scatter.
+        # (masked_fill throughout, because `where` copies its scalar to the device, and waits for that.)
+        count_ET = chosen_TE.t().flatten().cumsum(0, dtype=torch.int32)
+        count_TE = chosen_TE.flatten().cumsum(0, dtype=torch.int32)
+        cell_N = torch.searchsorted(count_ET, numbers).masked_fill(padding_N, 0)
+        walked_cell_N = torch.searchsorted(count_TE, numbers).masked_fill(padding_N, 0)
+        token_ids_N, experts_N = cell_N % max(1, num_tokens), cell_N // max(1, num_tokens)
+        walked_N = walked_cell_N % num_experts * num_tokens + walked_cell_N // num_experts
+        positions_ET = count_ET - 1
+        weights_N = _SelectPairs.apply(
+            weights_TE, token_ids_N * num_experts + experts_N, padding_N, chosen_TE, positions_ET
+        )
+        pair_ids_N = positions_ET.index_select(0, walked_N) if count_ET.numel() else torch.zeros_like(numbers)
+        return Routing(
+            token_ids_N=token_ids_N.to(torch.int32),
+            weights_N=weights_N,
+            expert_offsets=expert_offsets,
+            pair_ids_N=pair_ids_N.masked_fill(padding_N, 0),
+            token_offsets=token_offsets,
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            pairs_per_token=None,
+            padded=True,
+        )
 
 
-def _inverse(order_N: Tensor) -> Tensor:
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return inverse_N
+def group_by_expert(
+    expert_ids_N: Tensor, weights_N: Tensor, num_experts: int, pairs_per_token: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Stable sort of pairs by expert, pair n belonging to token n // K.
+
+    Returns, all int32 but the weights, the token and the weight of each pair in the new order; the position of each
+    pair there, in the order given; the experts' offsets [E + 1]; the tokens' offsets [N / K + 1]. Ids outside [0, E)
+    count as the nearest one inside.
+    """
+    expert_ids_N = expert_ids_N.clamp(0, num_experts - 1).to(torch.int32)
+    sorted_N, order_N = expert_ids_N.sort(stable=True)
+    positions_N = torch.empty_like(expert_ids_N)
+    positions_N[order_N] = torch.arange(order_N.numel(), dtype=torch.int32, device=order_N.device)
+    edges = torch.arange(num_experts + 1, dtype=torch.int32, device=order_N.device)
+    return (
+        (order_N // max(1, pairs_per_token)).to(torch.int32),
+        weights_N[order_N],
+        positions_N,
+        torch.searchsorted(sorted_N, edges, out_int32=True),
+        torch.arange(0, order_N.numel() + 1, max(1, pairs_per_token), dtype=torch.int32, device=order_N.device),
+    )
+
+
+class _GroupByExpert(torch.autograd.Function):
+    """:func:`group_by_expert`, whose transpose is the gather by position, without a scatter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights_N: Tensor, expert_ids_N: Tensor, num_experts: int, pairs_per_token: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        group = group_by_expert
+        if expert_ids_N.is_cuda and expert_ids_N.numel() and importlib.util.find_spec("triton"):
+            from moetrain.kernels import routing_triton
+
+            if num_experts <= routing_triton.MAX_EXPERTS:
+                group = routing_triton.group_by_expert
+        grouped = group(expert_ids_N, weights_N, num_experts, pairs_per_token)
+        tokens_N, weights_N, positions_N, expert_offsets, token_offsets = grouped
+        ctx.save_for_backward(positions_N)
+        ctx.mark_non_differentiable(tokens_N, positions_N, expert_offsets, token_offsets)
+        return grouped
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (positions_N,) = ctx.saved_tensors
+        return grads[1].index_select(0, positions_N), None, None, None
+
+
+class _SelectPairs(torch.autograd.Function):
+    """weights_TE at each pair's cell, zero in the padding; its transpose is a gather by the cell's position."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights_TE: Tensor, cell_N: Tensor, padding_N: Tensor, chosen_TE: Tensor, positions_ET: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(chosen_TE, positions_ET)
+        if not weights_TE.numel():
+            return weights_TE.new_zeros(cell_N.shape)
+        return weights_TE.flatten().index_select(0, cell_N).masked_fill(padding_N, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        chosen_TE, positions_ET = ctx.saved_tensors
+        if not grads[0].numel():
+            return torch.zeros_like(chosen_TE, dtype=grads[0].dtype), None, None, None, None
+        gathered_ET = grads[0].index_select(0, positions_ET.clamp_min(0)).unflatten(0, chosen_TE.t().shape)
+        return gathered_ET.t().masked_fill(~chosen_TE, 0), None, None, None, None
+
+
+def _running_sum(counts: Tensor) -> Tensor:
+    """int32 [n + 1]: sums of the counts before each."""
+    sums = counts.new_zeros(counts.numel() + 1)
+    torch.cumsum(counts, 0, out=sums[1:])
+    return sums
 
 
 def _check(ids: Tensor, weights: Tensor, bound: int, dimensions: int) -> None:
@@ -109,5 +262,7 @@ def _check(ids: Tensor, weights: Tensor, bound: int, dimensions: int) -> None:
         raise ValueError(f"ids must be int32 or int64 and weights floating point, not {ids.dtype} and {weights.dtype}")
     if ids.device != weights.device:
         raise ValueError(f"ids are on {ids.device}, weights on {weights.device}")
+    if ids.numel() > MAX_PAIRS:
+        raise ValueError(f"{ids.numel()} pairs, more than {MAX_PAIRS}")
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < bound:
         raise ValueError(f"ids must be in [0, {bound}), found {int(ids.min())} … {int(ids.max())}")

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from moetrain import __version__
 from moetrain.config import Config, check_world, load_config, packaged_configs, to_yaml
@@ -146,6 +146,15 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         "--world-size", type=_positive, default=1, metavar="N", help="plan for N processes (default: %(default)s)"
     )
     plan.set_defaults(handler=_plan)
+
+    bench = _add_command(
+        commands,
+        "bench",
+        "measure speed and memory beside other implementations",
+        "Time one MoE layer or whole training steps, beside other implementations that are installed.",
+        "examples:\n  moetrain bench moe-layer --shapes 24576,1536,256,128,8\n  moetrain bench step olmoe-1b-7b\n",
+    )
+    _add_bench_commands(bench)
     return parser
 
 
@@ -186,6 +195,71 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     )
     add_info_arguments(info)
     info.set_defaults(handler=info_command)
+
+
+def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
+    commands = bench.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    layer = _add_command(
+        commands,
+        "moe-layer",
+        "one MoE layer, forward and backward",
+        "Time one MoE layer with its router in bfloat16, after checking every implementation against float32, beside\n"
+        "its six matrix products as cuBLAS batched products.",
+        "examples:\n"
+        "  moetrain bench moe-layer --json layer.json\n"
+        "  moetrain bench moe-layer --shapes 24576,1536,256,128,8 32768,2048,1024,64,8 --peers grouped_mm --profile\n"
+        "  moetrain bench moe-layer --rounding nearest\n",
+    )
+    layer.add_argument("--shapes", nargs="+", metavar="T,D,I,E,K", help="tokens, width, expert width, experts, top-k")
+    layer.add_argument(
+        "--backends",
+        nargs="+",
+        metavar="B",
+        help="of ours (default: the one that auto chooses, and triton beside hopper)",
+    )
+    layer.add_argument(
+        "--peers", nargs="*", metavar="P", help="grouped_mm, liger, sonicmoe (default: those that are installed)"
+    )
+    layer.add_argument(
+        "--rounding",
+        choices=["nearest", "up", "down", "balanced"],
+        help="instead: time the experts on the pairs of token rounding and of top-k",
+    )
+    layer.add_argument("--parity", action="store_true", help="only check, do not time")
+    layer.add_argument("--profile", action="store_true", help="also time every kernel of ours by itself")
+    layer.add_argument("--rounds", type=_positive, default=5, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(layer)
+    layer.set_defaults(handler=_bench_moe_layer)
+
+    step = _add_command(
+        commands,
+        "step",
+        "whole training steps of a config",
+        "Time training steps of CONFIG on one GPU, on random tokens. Unless overridden: bfloat16 parameters and Adam\n"
+        "states, no activation checkpointing, and one micro-batch of 4 sequences a step.",
+        "examples:\n"
+        "  moetrain bench step olmoe-1b-7b --peer transformers --json step.json\n"
+        "  moetrain bench step olmoe-1b-7b model.n_layers=4 train.compile=true\n",
+    )
+    _add_config(step)
+    step.add_argument(
+        "--peer", choices=["transformers"], help="also time the same model there, with grouped_mm experts"
+    )
+    step.add_argument("--peer-first", action="store_true", help="time the peer before ours")
+    step.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps to time (default: %(default)s)")
+    step.add_argument("--warmup", type=_positive, default=3, metavar="N", help="before those (default: %(default)s)")
+    _add_bench_output(step)
+    step.set_defaults(handler=_bench_step)
+
+
+def _add_bench_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="F", help="also write the results to this file, as they come")
+    parser.add_argument(
+        "--budget-seconds",
+        type=float,
+        metavar="S",
+        help="begin nothing new after this time, and end with what there is",
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -270,6 +344,22 @@ def _plan(arguments: argparse.Namespace) -> int:
     from moetrain.plan import plan_command
 
     return plan_command(load_config(arguments.config, arguments.overrides), arguments.world_size)
+
+
+def _bench_moe_layer(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.moe_layer import Options, moe_layer_command
+
+    return moe_layer_command(Options(**_fields(arguments)))
+
+
+def _bench_step(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.step import Options, step_command
+
+    return step_command(Options(**_fields(arguments)))
+
+
+def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name != "handler"}
 
 
 def _is_worker() -> bool:

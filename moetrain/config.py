@@ -113,6 +113,10 @@ class RouterConfig:
     """An expert takes at most factor · T · K / E of the T tokens of a rank's micro-batch; null: dropless."""
     drop_policy: Literal["weight", "position"] = "weight"
     """Whom a full expert refuses: the pairs of lowest weight, or the last ones in the batch."""
+    rounding: Literal["none", "nearest", "up", "down", "balanced"] = "none"
+    """Training only: round each expert's tokens of a rank's micro-batch to a multiple of the kernel's tile, so that no
+    row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of all
+    changes stays below half a tile. A token may gain or lose experts."""
     jitter: float = 0.0
     """Training only: multiply the router's input by uniform noise in [1 − jitter, 1 + jitter]."""
     force_balance: bool = False
@@ -216,8 +220,14 @@ class ParallelConfig:
 class KernelsConfig:
     """Which implementation computes."""
 
-    experts: Literal["auto", "torch", "reference"] = "auto"
-    """torch: grouped matrix products; reference: a loop over the experts; auto: torch where it is fast."""
+    experts: Literal["auto", "hopper", "triton", "torch", "reference"] = "auto"
+    """hopper: warp-specialised kernels for H100 and H200; triton: portable kernels, from Ampere on; torch: grouped
+    matrix products; reference: a loop over the experts. auto: the first of these that this machine, dtype and width
+    allow."""
+    autotune: bool = False
+    """On a GPU: time a few configurations of each kernel when a shape first occurs (numbers of rows by powers of two),
+    and keep the fastest in ~/.cache/moetrain/autotune.json ($XDG_CACHE_HOME). Configurations may add in another order,
+    so a run repeats bit for bit only with the same file."""
 
 
 @dataclass(frozen=True)
@@ -543,6 +553,12 @@ def check(config: Config) -> None:
             "router.capacity_factor",
             router.capacity_factor,
             "must be positive and finite",
+        )
+        _require(
+            router.rounding == "none",
+            "router.rounding",
+            router.rounding,
+            "an expert is either limited by router.capacity_factor or rounded; set capacity_factor to null",
         )
     _require(0 <= router.jitter < 1, "router.jitter", router.jitter, "must be in [0, 1)")
 

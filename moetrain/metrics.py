@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import resource
 import sys
@@ -34,13 +35,16 @@ from moetrain.flops import flops_per_token, peak_tflops
 
 FILE_NAME = "metrics.jsonl"
 GIB = 2**30
+LOG = logging.getLogger("moetrain")
+"""Above those of all modules."""
 
 
 class MetricsLogger:
     """Writes a run's metrics to its folder and shows them. For rank 0 only.
 
     An existing metrics.jsonl loses its records of steps after `resume_step` (all of them, if the run starts at 0) and
-    a half-written last line. Raises UserError if a tracker that the config asks for is not installed.
+    a half-written last line. Until :meth:`close`, what moetrain's modules log is shown as messages. Raises UserError
+    if a tracker that the config asks for is not installed.
     """
 
     def __init__(self, config: Config, run_dir: Path, *, resume_step: int) -> None:
@@ -56,6 +60,9 @@ class MetricsLogger:
         if config.metrics.wandb_project is not None:
             self._trackers.append(_WandB(config, run_dir, resume_step))
         self._console = _console(config, resume_step)
+        self._log_handler = _LogHandler(self._console)
+        LOG.addHandler(self._log_handler)
+        LOG.setLevel(logging.INFO)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record the training metrics of `step`, and show them."""
@@ -73,6 +80,7 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Flush and close everything; the terminal is as it was."""
+        LOG.removeHandler(self._log_handler)
         self._console.close()
         for tracker in self._trackers:
             tracker.close()
@@ -249,26 +257,28 @@ def moe_metrics(
     balance_loss_L: Tensor,
     z_loss_L: Tensor,
     dropped_L: Tensor,
+    added_L: Tensor,
     bias_LE: Tensor | None,
 ) -> dict[str, float]:
     """Metrics of the routing, for each MoE layer (``moe/layer_03/…``) and over all of them (``moe/…``).
 
     `layers`: 0-based indices of the L MoE layers. The tensors are on the CPU, float or integer, and already summed or
-    averaged over ranks: load [L, E] pairs (or a share of them) that each expert computed, entropy [L] of the router in
-    nats, the two losses [L] before their weights, dropped [L] pairs that a capacity limit refused, and the selection
-    bias [L, E], if there is one.
+    averaged over ranks: load [L, E] pairs (or a share of them) of each expert by top-k, before a limit or rounding,
+    entropy [L] of the router in nats, the two losses [L] before their weights, [L] pairs that were dropped and added
+    after top-k, and the selection bias [L, E], if there is one.
 
-    ===================  ===============================================  ==========
-    metric               of a layer                                       over all
-    ===================  ===============================================  ==========
-    max_over_mean_load   load of the fullest expert / mean; NaN if empty  largest
-    dead_experts         experts with a load of exactly 0                 sum
-    router_entropy       nats a token; ln E is uniform                    mean
-    balance_loss         load-balance loss                                mean
-    z_loss               router z-loss                                    mean
-    dropped_tokens       refused (token, expert) pairs                    sum
-    bias_range           largest − smallest selection bias                largest
-    ===================  ===============================================  ==========
+    ==================  ================================================  ========
+    metric              of a layer                                        over all
+    ==================  ================================================  ========
+    max_over_mean_load  load of the fullest expert / mean; NaN if empty   largest
+    dead_experts        experts with a load of exactly 0                  sum
+    router_entropy      nats a token; ln E is uniform                     mean
+    balance_loss        load-balance loss                                 mean
+    z_loss              router z-loss                                     mean
+    dropped_tokens      pairs refused by a capacity limit or by rounding  sum
+    added_tokens        pairs added by rounding                           sum
+    bias_range          largest − smallest selection bias                 largest
+    ==================  ================================================  ========
     """
     load_LE = load_LE.double()
     load_L = load_LE.amax(1) / load_LE.mean(1)
@@ -280,6 +290,7 @@ def moe_metrics(
         ("balance_loss", balance_loss_L, balance_loss_L.double().mean()),
         ("z_loss", z_loss_L, z_loss_L.double().mean()),
         ("dropped_tokens", dropped_L, dropped_L.sum()),
+        ("added_tokens", added_L, added_L.sum()),
     ]
     if bias_LE is not None:
         range_L = bias_LE.amax(1) - bias_LE.amin(1)
@@ -421,6 +432,17 @@ class _RichConsole(_SilentConsole):
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class _LogHandler(logging.Handler):
+    """Shows what is logged."""
+
+    def __init__(self, console: _SilentConsole) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.message(self.format(record))
 
 
 def _console(config: Config, resume_step: int) -> _SilentConsole:

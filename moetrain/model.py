@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig
 from moetrain.data import IGNORED
-from moetrain.kernels import Activation, Routing, choose_backend, expert_mlp, gated_activation
+from moetrain.kernels import GatedActivation, Routing, activate, choose_backend, expert_mlp
 from moetrain.parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher, Mesh
 from moetrain.router import Router, RouterStats
 
@@ -101,14 +101,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """W_down (act(W_gate x) ⊙ W_up x), gate and up as one matrix [2F, D]."""
 
-    def __init__(self, dim: int, inner: int, activation: Activation, dtype: torch.dtype):
+    def __init__(self, dim: int, inner: int, activation: GatedActivation, dtype: torch.dtype):
         super().__init__()
         self.w_gate_up = Linear(dim, 2 * inner, dtype=dtype)
         self.w_down = Linear(inner, dim, dtype=dtype)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(gated_activation(self.w_gate_up(x), self.activation))
+        return self.w_down(activate(self.w_gate_up(x), self.activation))
 
 
 class SharedExpert(nn.Module):
@@ -246,7 +246,12 @@ class Decoder(nn.Module):
         """Name of the implementation that computes the experts here."""
         model = self.config.model
         return choose_backend(
-            self.config.kernels.experts, self.embedding.device, self.compute_dtype, model.dim, model.expert_dim
+            self.config.kernels.experts,
+            self.embedding.device,
+            self.compute_dtype,
+            model.dim,
+            model.expert_dim,
+            activation=model.activation,
         )
 
     def routers(self) -> list[Router]:

@@ -92,8 +92,8 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     - attention: the layer's input and its normalised copy, queries, keys, values and the output of every head; with
       QK-norm also the queries and keys before it;
     - feed-forward: its input and its normalised copy; 4F (gate, up, activated gate, product) of a dense network;
-    - in its place in an MoE layer: K copies of the row and 5I for each (as above, and the weighted product); 3E of
-      the router and its copy of the row, in float32; 4S of a shared expert and D if it is gated;
+    - in its place in an MoE layer: 2I (gate and up) and 12 bytes (weight and positions) for each of its K experts; 3E
+      of the router and its copy of the row, in float32; 4S of a shared expert and D if it is gated;
     - head: its input and its normalised copy; the logits, and in float32 their copy and log-probabilities, of at most
       8192 tokens at a time.
 
@@ -109,7 +109,7 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     D, K, heads = model.dim, config.router.top_k, (model.n_heads + model.kv_heads) * model.head_width
 
     attention = (2 * D + (2 if model.qk_norm == "none" else 3) * heads) * size
-    experts = K * (D + 5 * model.expert_dim) * size
+    experts = K * (2 * model.expert_dim * size + 12)
     arriving = min(K, ep) * D * size if ep > 1 else 0
     shared = (4 * model.shared_dim + (D if model.shared_gate else 0)) * size
     router = 4 * 3 * model.num_experts + (4 * D if size < 4 else 0)

@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.config import RouterConfig
-from moetrain.kernels import Routing
+from moetrain.kernels.float32_linear import float32_linear
+from moetrain.kernels.rounding import Rounding, keep_largest, most_pairs, round_tokens
+from moetrain.kernels.routing import Routing
+from moetrain.kernels.topk import SoftmaxPlace, topk_softmax
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class RouterStats:
     """
 
     load_E: Tensor
-    """int64 [E]: pairs that chose each expert, before any are refused, of this rank's tokens; no gradient."""
+    """int64 [E]: pairs of each expert by top-k, before a limit or rounding, of this rank's tokens; no gradient."""
     balance_loss: Tensor
     """0-D, with gradient; 1 under perfect balance."""
     z_loss: Tensor
@@ -34,7 +37,9 @@ class RouterStats:
     entropy: Tensor
     """0-D: mean entropy of the tokens' probabilities, in nats; no gradient."""
     dropped: Tensor
-    """int64 0-D: pairs refused by the capacity limit."""
+    """int64 0-D: pairs of top-k that the capacity limit or token rounding refused."""
+    added: Tensor
+    """int64 0-D: pairs beyond top-k that token rounding added."""
 
 
 class Router(nn.Module):
@@ -55,12 +60,15 @@ class Router(nn.Module):
         *,
         balance_group: dist.ProcessGroup | None = None,
         param_dtype: torch.dtype = torch.float32,
+        tile: int = 128,
     ):
-        """`balance_group`: ranks over which `router.balance_scope: global` counts; None: this rank alone."""
+        """`balance_group`: ranks over which `router.balance_scope: global` counts; None: this rank alone. `tile`: rows
+        of a tile of the experts' kernel, to whose multiples `router.rounding` rounds."""
         super().__init__()
         self.num_experts = num_experts
         self.config = config
         self.balance_group = balance_group
+        self.tile = tile
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=param_dtype))
         self.register_buffer("bias", torch.zeros(num_experts))
 
@@ -74,13 +82,20 @@ class Router(nn.Module):
         last the whole step. `noise_seed`: of the jitter in training.
         """
         sequences, length, _ = x_BSD.shape
-        x_TD = x_BSD.flatten(0, 1)
-        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        if self.training and self.config.jitter > 0:
-            x_TD = x_TD * _jitter(x_TD, self.config.jitter, noise_seed or 0)
-        logits_TE = x_TD @ self.weight.to(x_TD.dtype).t()
-        probabilities_TE = self._probabilities(logits_TE)
-        experts_TK, weights_TK = self._choose(logits_TE, probabilities_TE)
+        logits_TE = self._logits(x_BSD.flatten(0, 1), noise_seed)
+        scores_TE, probabilities_TE = self._scores(logits_TE)
+        experts_TK, weights_TK, allowed_TE = self._choose(logits_TE, scores_TE)
+
+        rounding = self.config.rounding
+        if self.training and rounding != "none":
+            weights_TE = self._weights_of_all(experts_TK, weights_TK, scores_TE, probabilities_TE)
+            routing, load_E = self._rounded(experts_TK, weights_TE, allowed_TE, rounding)
+        elif self.training and self.config.capacity_factor is not None:
+            routing, load_E = self._limited(experts_TK, weights_TK, self.config.capacity_factor)
+        else:
+            routing = Routing.from_topk(experts_TK, weights_TK, self.num_experts)
+            load_E = routing.counts_E.to(torch.int64)
+        change_E = routing.counts_E - load_E
 
         with torch.no_grad():
             # p·log p with 0·log 0 = 0.
@@ -88,18 +103,18 @@ class Router(nn.Module):
         balance_loss = self._balance_loss(
             experts_TK.unflatten(0, (sequences, length)),
             probabilities_TE.unflatten(0, (sequences, length)),
+            load_E,
             prior_load_E,
         )
         z_loss = logits_TE.logsumexp(-1).square().mean()  # ST-MoE, arXiv 2202.08906, eq. 5
-
-        if self.training and self.config.capacity_factor is not None:
-            routing = self._limited(experts_TK, weights_TK, self.config.capacity_factor)
-        else:
-            routing = Routing.from_topk(experts_TK, weights_TK, self.num_experts)
-        load_E = torch.zeros_like(self.bias, dtype=torch.int64)
-        load_E.index_add_(0, experts_TK.flatten(), torch.ones_like(experts_TK.flatten()))
-        dropped = load_E.sum() - routing.num_pairs
-        return routing, RouterStats(load_E, balance_loss, z_loss, entropy, dropped)
+        return routing, RouterStats(
+            load_E,
+            balance_loss,
+            z_loss,
+            entropy,
+            dropped=change_E.clamp_max(0).sum().neg(),
+            added=change_E.clamp_min(0).sum(),
+        )
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
@@ -111,37 +126,52 @@ class Router(nn.Module):
         load_E = load_E.to(self.bias.dtype)
         self.bias += self.config.bias_update_rate * (load_E.mean() - load_E).sign()
 
-    def _probabilities(self, logits_TE: Tensor) -> Tensor:
-        """A distribution over experts for the balance loss and the entropy (eq. 18-19 of arXiv 2412.19437)."""
+    def _logits(self, x_TD: Tensor, noise_seed: int | None) -> Tensor:
+        """x · Wᵀ [T, E] in float32 or wider."""
+        jitter = self.config.jitter if self.training else 0.0
+        if x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and not jitter:
+            return float32_linear(x_TD, self.weight)
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        if jitter:
+            x_TD = x_TD * _jitter(x_TD, jitter, noise_seed or 0)
+        return x_TD @ self.weight.to(x_TD.dtype).t()
+
+    def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """What ranks and weighs experts, and a distribution over them: for sigmoid s / Σ s (arXiv 2412.19437, eq. 19).
+
+        The distribution is that of the balance loss, of the entropy, and of the weights that token rounding gives.
+        """
         if self.config.score == "sigmoid":
             scores_TE = logits_TE.sigmoid()
-            return scores_TE / scores_TE.sum(-1, keepdim=True)
-        return logits_TE.softmax(-1)
+            return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
+        probabilities_TE = logits_TE.softmax(-1)
+        return (probabilities_TE if self.config.score == "softmax" else logits_TE), probabilities_TE
 
-    def _choose(self, logits_TE: Tensor, probabilities_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids [T, K] and their weights [T, K]."""
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Expert ids [T, K], their weights [T, K], and the pairs that a group limit allows (None: all) [T, E]."""
         config = self.config
-        scores_TE = {
-            "softmax": probabilities_TE,
-            "softmax_after_topk": logits_TE,
-            "sigmoid": logits_TE.sigmoid(),
-        }[config.score]
-        choice_TE = scores_TE.detach()
-        if config.bias_update_rate > 0:
-            choice_TE = choice_TE + self.bias
-        if config.top_groups < config.groups:
-            choice_TE = self._within_best_groups(choice_TE)
-        if config.force_balance:
-            first_T1 = torch.arange(choice_TE.shape[0], device=choice_TE.device)[:, None] * config.top_k
-            experts_TK = (first_T1 + torch.arange(config.top_k, device=choice_TE.device)) % self.num_experts
+        bias_E = self.bias.to(logits_TE.dtype) if config.bias_update_rate > 0 else None
+        allowed_TE = None
+        if config.score != "sigmoid" and config.top_groups == config.groups and not config.force_balance:
+            place: SoftmaxPlace = "before" if config.score == "softmax" else "after"
+            weights_TK, experts_TK = topk_softmax(logits_TE, config.top_k, softmax=place, bias_E=bias_E)
+            experts_TK = experts_TK.to(torch.int64)
         else:
-            experts_TK = choice_TE.topk(config.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(-1, experts_TK)
-        if config.score == "softmax_after_topk":
-            weights_TK = weights_TK.softmax(-1)
+            choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+            if config.top_groups < config.groups:
+                choice_TE = self._within_best_groups(choice_TE)
+                allowed_TE = choice_TE > -torch.inf
+            if config.force_balance:
+                first_T1 = torch.arange(choice_TE.shape[0], device=choice_TE.device)[:, None] * config.top_k
+                experts_TK = (first_T1 + torch.arange(config.top_k, device=choice_TE.device)) % self.num_experts
+            else:
+                experts_TK = choice_TE.topk(config.top_k, dim=-1).indices
+            weights_TK = scores_TE.gather(-1, experts_TK)
+            if config.score == "softmax_after_topk":
+                weights_TK = weights_TK.softmax(-1)
         if config.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        return experts_TK, weights_TK * config.scale
+        return experts_TK, weights_TK * config.scale if config.scale != 1 else weights_TK, allowed_TE
 
     def _within_best_groups(self, choice_TE: Tensor) -> Tensor:
         """Exclude experts outside the best groups, a group's score being the sum of its best K / top_groups experts.
@@ -156,21 +186,21 @@ class Router(nn.Module):
         allowed_TG.scatter_(-1, group_scores_TG.topk(config.top_groups, dim=-1).indices, True)
         return choice_TGX.masked_fill(~allowed_TG[..., None], -torch.inf).flatten(-2)
 
-    def _balance_loss(self, experts_BSK: Tensor, probabilities_BSE: Tensor, prior_load_E: Tensor | None) -> Tensor:
+    def _balance_loss(
+        self, experts_BSK: Tensor, probabilities_BSE: Tensor, load_E: Tensor, prior_load_E: Tensor | None
+    ) -> Tensor:
         """E · Σ_e f_e · P_e (Switch Transformer, arXiv 2101.03961, eq. 4, divided by K so that balance gives 1).
 
         f is the fraction of pairs that chose expert e, P its mean probability, both over the tokens of the scope; the
         mean of P over ranks and micro-batches comes from the mean of their losses.
         """
-        loads_BE = torch.zeros(
-            experts_BSK.shape[0], self.num_experts, dtype=probabilities_BSE.dtype, device=probabilities_BSE.device
-        )
-        chosen = experts_BSK.flatten(1)
-        loads_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=loads_BE.dtype))
         if self.config.balance_scope == "sequence":
+            chosen = experts_BSK.flatten(1)
+            loads_BE = probabilities_BSE.new_zeros(chosen.shape[0], self.num_experts)
+            loads_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=loads_BE.dtype))
             fractions_BE = loads_BE / chosen.shape[1]
             return self.num_experts * (fractions_BE * probabilities_BSE.mean(1)).sum(-1).mean()
-        load_E = loads_BE.sum(0)
+        load_E = load_E.to(probabilities_BSE.dtype)
         if self.config.balance_scope == "global":
             if prior_load_E is not None:
                 load_E = load_E + prior_load_E
@@ -178,19 +208,37 @@ class Router(nn.Module):
                 dist.all_reduce(load_E, group=self.balance_group)
         return self.num_experts * (load_E / load_E.sum() * probabilities_BSE.mean((0, 1))).sum()
 
-    def _limited(self, experts_TK: Tensor, weights_TK: Tensor, capacity_factor: float) -> Routing:
-        """Keep at most ⌈factor · T · K / E⌉ pairs an expert. Waits for the device: how many remain is data."""
+    def _weights_of_all(
+        self, experts_TK: Tensor, weights_TK: Tensor, scores_TE: Tensor, probabilities_TE: Tensor
+    ) -> Tensor:
+        """[T, E]: the weights of top-k, and those that the other pairs get if token rounding adds them.
+
+        A pair of top-k keeps its weight. An added one has its score: the score itself if that is what top-k's weights
+        are, and the expert's share of all E where those are shares of the K.
+        """
+        shares = self.config.normalize or self.config.score == "softmax_after_topk"
+        return ((probabilities_TE if shares else scores_TE) * self.config.scale).scatter(1, experts_TK, weights_TK)
+
+    def _rounded(
+        self, experts_TK: Tensor, weights_TE: Tensor, allowed_TE: Tensor | None, rounding: Rounding
+    ) -> tuple[Routing, Tensor]:
+        """Round each expert's tokens to multiples of the tile; the routing, and the loads before."""
+        chosen_TE = torch.zeros_like(weights_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
+        rounded_TE = round_tokens(chosen_TE, weights_TE, self.tile, rounding, allowed_TE)
+        bound = most_pairs(experts_TK.shape[0], experts_TK.shape[1], self.num_experts, self.tile, rounding)
+        return Routing.from_mask(rounded_TE, weights_TE, bound), chosen_TE.sum(0)
+
+    def _limited(self, experts_TK: Tensor, weights_TK: Tensor, capacity_factor: float) -> tuple[Routing, Tensor]:
+        """Keep at most ⌈factor · T · K / E⌉ pairs an expert; the routing, and the loads before."""
         num_tokens, top_k = experts_TK.shape
         capacity = -int(-capacity_factor * num_tokens * top_k // self.num_experts)
-        experts_N, weights_N = experts_TK.flatten(), weights_TK.flatten()
-        preference_N = torch.arange(experts_N.numel(), device=experts_N.device)
-        if self.config.drop_policy == "weight":
-            preference_N = weights_N.detach().argsort(descending=True, stable=True)
-        order_N = preference_N[experts_N[preference_N].argsort(stable=True)]
-        sorted_N = experts_N[order_N]
-        place_N = torch.arange(order_N.numel(), device=order_N.device) - torch.searchsorted(sorted_N, sorted_N)
-        kept_N = order_N[place_N < capacity].sort().values
-        return Routing.from_pairs(kept_N // top_k, experts_N[kept_N], weights_N[kept_N], num_tokens, self.num_experts)
+        weights_TE = weights_TK.new_zeros(num_tokens, self.num_experts).scatter(1, experts_TK, weights_TK)
+        chosen_TE = torch.zeros_like(weights_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
+        # Among equal ones the first tokens stay.
+        preference_TE = weights_TE if self.config.drop_policy == "weight" else torch.zeros_like(weights_TE)
+        kept_TE = keep_largest(chosen_TE, preference_TE, capacity)
+        bound = min(num_tokens * top_k, capacity * self.num_experts)
+        return Routing.from_mask(kept_TE, weights_TE, bound), chosen_TE.sum(0)
 
 
 def _jitter(x: Tensor, amount: float, seed: int) -> Tensor:
@@ -205,6 +253,7 @@ class RoutingTotals:
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         self.load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self.dropped_L = torch.zeros(num_layers, dtype=torch.int64, device=device)
+        self.added_L = torch.zeros_like(self.dropped_L)
         self.means_3L = torch.zeros(3, num_layers, device=device)
         """Sums of balance loss, z-loss and entropy, to be divided by the number of summands."""
         self.forwards = 0
@@ -216,6 +265,7 @@ class RoutingTotals:
         self.forwards += 1
         self.load_LE += torch.stack([stats.load_E for stats in layers])
         self.dropped_L += torch.stack([stats.dropped for stats in layers])
+        self.added_L += torch.stack([stats.added for stats in layers])
         self.means_3L += torch.stack(
             [
                 torch.stack([getattr(stats, name).detach() for stats in layers])
@@ -228,6 +278,6 @@ class RoutingTotals:
         total = copy.deepcopy(self)
         total.forwards *= ranks
         if ranks > 1:
-            for tensor in (total.load_LE, total.dropped_L, total.means_3L):
+            for tensor in (total.load_LE, total.dropped_L, total.added_L, total.means_3L):
                 dist.all_reduce(tensor)
         return total

@@ -32,6 +32,8 @@ from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
 from moetrain.files import write_text
 from moetrain.flops import parameters
+from moetrain.kernels import autotune
+from moetrain.kernels.compilations import Compilations
 from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
 from moetrain.model import Decoder, derive_seed
 from moetrain.optim import build_optimizer, learning_rate, set_learning_rate
@@ -92,6 +94,7 @@ class Trainer:
     """One rank of a run."""
 
     def __init__(self, config: Config, mesh: Mesh):
+        autotune.configure(config.kernels.autotune)
         self.config = config
         self.mesh = mesh
         self.folder = Path(config.run.dir)
@@ -156,11 +159,14 @@ class Trainer:
             pin=mesh.device.type == "cuda",
             start_sample=self.progress.samples,
         )
+        compilations = Compilations()
         try:
             with self._stop_signals(), self._profiler() as profiler:
                 batches = iter(loader)
                 while self.progress.step < total_steps and not any_rank(self.stop_requested, self.mesh):
                     self._step(batches)
+                    if compiled := compilations.stop():
+                        self._message(f"first step: {compiled}")
                     if profiler is not None:
                         profiler.step()
                     self.progress.samples = loader.state_dict()["samples"]
@@ -171,6 +177,7 @@ class Trainer:
                         self._evaluate()
                 self._finish()
         finally:
+            compilations.stop()
             loader.close()
 
     # One step
@@ -269,6 +276,7 @@ class Trainer:
                 balance_L,
                 z_L,
                 total.dropped_L.cpu(),
+                total.added_L.cpu(),
                 self._router_biases(),
             )
         if self.logger is not None:
@@ -383,6 +391,8 @@ class Trainer:
             f"{mesh.device.type}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
         )
         self._message(self.throughput.peak_description)
+        if self.model.moe_layers and (warning := _rounding_warning(config, mesh.dp, self.model.routers()[0].tile)):
+            self._message(warning)
         if source is not None:
             self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
             for change in self.changes:
@@ -443,6 +453,24 @@ def _auxiliary_loss(layers: list[RouterStats], config: Config) -> Tensor | float
     return sum(
         (config.router.balance_weight * stats.balance_loss + config.router.z_weight * stats.z_loss for stats in layers),
         start=0.0,
+    )
+
+
+def _rounding_warning(config: Config, dp: int, tile: int) -> str | None:
+    """What to do where token rounding moves much of an expert's load: with fewer than two tiles of tokens an expert."""
+    seq_len, experts, top_k = config.data.seq_len, config.model.num_experts, config.router.top_k
+    micro_batch = config.micro_batch(dp)
+    if config.router.rounding == "none" or micro_batch * seq_len * top_k >= 2 * tile * experts:
+        return None
+    needed = -(-2 * tile * experts // (seq_len * top_k))
+    share = config.train.tokens_per_step // (seq_len * dp)
+    needed = next((size for size in range(needed, share + 1) if share % size == 0), needed)
+    larger_step = f" with train.tokens_per_step = {needed * seq_len * dp}" if needed > share else ""
+    return (
+        f"warning: router.rounding = {config.router.rounding} with train.micro_batch = {micro_batch}: an expert gets "
+        f"{micro_batch * seq_len * top_k / experts:,.0f} tokens on average, fewer than two tiles of {tile}, so that "
+        f"rounding changes much of the routing; use train.micro_batch = {needed} or more{larger_step}, or "
+        "router.rounding = none"
     )
 
 

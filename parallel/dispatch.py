@@ -61,7 +61,8 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """Expert e lives on rank e // (E / ep) of `group`.
 
-    A dispatch waits for the device twice: for the number of distinct rows, and for the splits.
+    A dispatch waits for the device twice: for the number of distinct rows, and for the splits; and once more for the
+    number of pairs of a padded routing.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -74,6 +75,7 @@ class AllToAllDispatcher:
         The routing of the result is over this rank's E / ep experts, its tokens are the R received rows; rows of
         x and the weights carry gradients back to their source.
         """
+        routing = routing.trimmed()
         experts = routing.num_experts // self.ep
         counts_E = routing.counts_E.to(torch.int64)
         # Pairs are sorted by expert, so pairs of one destination are neighbours; a row is a distinct

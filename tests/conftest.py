@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+# Triton kernels run in its interpreter where there is no GPU; triton reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Ranks are processes here; threads of several of them on few cores spend their time waiting for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -204,6 +205,7 @@ def test_moe_metrics() -> None:
         balance_loss_L=torch.tensor([1.25, 1.75]),
         z_loss_L=torch.tensor([4.0, 6.0]),
         dropped_L=torch.tensor([3, 4]),
+        added_L=torch.tensor([5, 0]),
         bias_LE=torch.tensor([[0.5, 0.0, -0.25, 0.0], [0.0, 0.0, 0.0, 0.125]]),
     )
     assert values == {
@@ -213,6 +215,7 @@ def test_moe_metrics() -> None:
         "moe/balance_loss": 1.5,
         "moe/z_loss": 5.0,
         "moe/dropped_tokens": 7,
+        "moe/added_tokens": 5,
         "moe/bias_range": 0.75,
         "moe/layer_01/max_over_mean_load": 2.0,
         "moe/layer_03/max_over_mean_load": 3.0,
@@ -226,6 +229,8 @@ def test_moe_metrics() -> None:
         "moe/layer_03/z_loss": 6.0,
         "moe/layer_01/dropped_tokens": 3,
         "moe/layer_03/dropped_tokens": 4,
+        "moe/layer_01/added_tokens": 5,
+        "moe/layer_03/added_tokens": 0,
         "moe/layer_01/bias_range": 0.75,
         "moe/layer_03/bias_range": 0.125,
     }
@@ -234,11 +239,11 @@ def test_moe_metrics() -> None:
 def test_moe_metrics_without_bias() -> None:
     loads = torch.ones(2, 4, dtype=torch.int64)
     zeros = torch.zeros(2)
-    values = moe_metrics([0, 1], loads, zeros, zeros, zeros, zeros, None)
+    values = moe_metrics([0, 1], loads, zeros, zeros, zeros, zeros, zeros, None)
     assert values["moe/max_over_mean_load"] == 1.0
     assert not any("bias" in key for key in values)
     with pytest.raises(ValueError):
-        moe_metrics([0], loads, zeros, zeros, zeros, zeros, None)
+        moe_metrics([0], loads, zeros, zeros, zeros, zeros, zeros, None)
 
 
 # The console
@@ -281,6 +286,16 @@ def test_rich_console(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         "loss 2.3457  12,346 tokens/s  MFU 41.3%  ETA 0:02:00  held-out 2.5000",
     ):
         assert text in printed
+
+
+def test_what_modules_log_is_shown_until_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = logging.getLogger("moetrain.kernels.autotune")
+    logger = MetricsLogger(make_config(console="plain"), tmp_path, resume_step=0)
+    module.info("autotuned %s", "up")
+    logging.getLogger("another").error("theirs")
+    logger.close()
+    module.info("later")
+    assert capsys.readouterr().out == "autotuned up\n"
 
 
 def test_silent_and_automatic_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,19 @@
-"""Routing metadata against its definition, pair by pair."""
+"""Routing metadata against its definition, pair by pair; the Triton kernels against their twin, bit by bit."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moetrain.kernels import Routing
+from moetrain.kernels.routing import group_by_expert
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pairs_by_expert(routing: Routing) -> list[tuple[int, int, float]]:
@@ -18,6 +24,8 @@ def pairs_by_expert(routing: Routing) -> list[tuple[int, int, float]]:
 
 def check_token_walk(routing: Routing) -> None:
     """Walking by token visits every pair once, each under its own token."""
+    for indices in (routing.token_ids_N, routing.expert_offsets, routing.pair_ids_N, routing.token_offsets):
+        assert indices.dtype == torch.int32
     offsets = routing.token_offsets.tolist()
     assert len(offsets) == routing.num_tokens + 1
     assert sorted(routing.pair_ids_N.tolist()) == list(range(routing.num_pairs))
@@ -83,3 +91,148 @@ def test_weights_carry_the_gradient_back() -> None:
 def test_bad_pairs_are_refused(ids: torch.Tensor, weights: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Routing.from_topk(ids, weights, 4)
+
+
+@given(data=st.data(), tokens=st.integers(0, 7), experts=st.integers(1, 6), spare=st.integers(0, 5))
+@settings(deadline=None, max_examples=60)
+def test_mask_of_any_size_in_a_room(data: st.DataObject, tokens: int, experts: int, spare: int) -> None:
+    cells = data.draw(st.lists(st.booleans(), min_size=tokens * experts, max_size=tokens * experts))
+    chosen_TE = torch.tensor(cells, dtype=torch.bool).view(tokens, experts)
+    weights_TE = torch.arange(1.0, tokens * experts + 1).view(tokens, experts).requires_grad_()
+    routing = Routing.from_mask(chosen_TE, weights_TE, int(chosen_TE.sum()) + spare)
+
+    trimmed = routing.trimmed()
+    assert (routing.padded, trimmed.padded) == (True, False)
+    assert routing.num_pairs == trimmed.num_pairs + spare
+    for padding in (routing.token_ids_N, routing.pair_ids_N, routing.weights_N):
+        assert padding[trimmed.num_pairs :].tolist() == [0] * spare
+    assert pairs_by_expert(trimmed) == [
+        (e, t, weights_TE[t, e].item()) for e in range(experts) for t in range(tokens) if chosen_TE[t, e]
+    ]
+    check_token_walk(trimmed)
+    if tokens:
+        # The padding's gradient must reach no cell.
+        (routing.weights_N * (weights_TE.detach().sum() + torch.arange(routing.num_pairs))).sum().backward()
+        order_N = torch.arange(trimmed.num_pairs) + weights_TE.detach().sum()
+        expected_ET = torch.zeros(experts, tokens).masked_scatter(chosen_TE.t(), order_N)
+        assert torch.equal(weights_TE.grad, expected_ET.t())  # type: ignore[arg-type]
+
+
+def test_mask_is_refused_where_its_pairs_do_not_fit() -> None:
+    chosen = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="6 pairs are chosen"):
+        Routing.from_mask(chosen, torch.ones(2, 3), 5)
+    with pytest.raises(ValueError, match="must be bool"):
+        Routing.from_mask(chosen.int(), torch.ones(2, 3), 6)
+    with pytest.raises(ValueError, match="equal 2-D shapes"):
+        Routing.from_mask(chosen, torch.ones(3, 2), 6)
+
+
+def test_trimming_keeps_the_gradient() -> None:
+    weights = torch.ones(2, 2, requires_grad=True)
+    routing = Routing.from_mask(torch.tensor([[True, False], [True, True]]), weights, 9)
+    (routing.trimmed().weights_N * torch.tensor([1.0, 2, 3])).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [[1, 0], [2, 3]]
+
+
+def test_strided_input_is_read_as_it_is() -> None:
+    ids_KT, weights_KT = torch.tensor([[2, 1, 0], [0, 2, 1]]), torch.arange(6.0).view(2, 3)
+    strided = Routing.from_topk(ids_KT.t(), weights_KT.t(), 3)
+    assert_same(strided, Routing.from_topk(ids_KT.t().contiguous(), weights_KT.t().contiguous(), 3))
+
+
+def test_weights_can_be_differentiated_twice() -> None:
+    ids_TK = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    weights_TK = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    mask_TE, weights_TE = torch.rand(3, 4) < 0.5, torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    for loss, leaf in (
+        (lambda w: Routing.from_topk(ids_TK, w, 3).weights_N ** 3, weights_TK),
+        (lambda w: Routing.from_pairs(ids_TK[:, 1], ids_TK[:, 0], w[:, 0], 3, 3).weights_N ** 3, weights_TK),
+        (lambda w: Routing.from_mask(mask_TE, w, 12).weights_N ** 3, weights_TE),
+    ):
+        assert torch.autograd.gradcheck(loss, leaf)
+        assert torch.autograd.gradgradcheck(loss, leaf)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "dtype"),
+    [
+        (1, 1, 1, torch.int64),
+        (3, 8, 3, torch.int32),
+        (300, 3, 129, torch.int64),  # blocks that end within a token
+        (521, 1, 60, torch.int32),
+        (64, 8, 4096, torch.int64),
+    ],
+)
+def test_kernels_equal_their_twin(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+    from moetrain.kernels import routing_triton
+
+    generator = torch.Generator().manual_seed(tokens)
+    # Ids out of range on both sides: kernels clamp them.
+    ids_N = torch.randint(-2, experts + 2, (tokens * top_k,), generator=generator, dtype=dtype).to(DEVICE)
+    weights_N = torch.rand(tokens * top_k, generator=generator).to(DEVICE)
+    actual = routing_triton.group_by_expert(ids_N, weights_N, experts, top_k)
+    expected = group_by_expert(ids_N, weights_N, experts, top_k)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_the_scan_walks_many_blocks() -> None:
+    from moetrain.kernels import routing_triton
+
+    counts_BE = torch.randint(0, 9, (1300, 11), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    scanned_BE, totals_E = counts_BE.to(DEVICE, copy=True), torch.empty(11, dtype=torch.int32, device=DEVICE)
+    routing_triton._scan_kernel[(2,)](scanned_BE, totals_E, 1300, 11, ROWS=512, COLUMNS=8)
+    assert torch.equal(scanned_BE.cpu(), (counts_BE.cumsum(0) - counts_BE).int())
+    assert torch.equal(totals_E.cpu(), counts_BE.sum(0).int())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"), [(24576, 8, 128), (1000, 6, 60), (4096, 16, 257), (777, 2, 5000)]
+)
+def test_routing_on_a_gpu_equals_the_cpu_without_waiting(tokens: int, top_k: int, experts: int) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    ids_TK = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    weights_TE = torch.rand(tokens, experts, generator=generator)
+    mask_TE = weights_TE > 1 - top_k / experts / 2
+    pairs = torch.randint(tokens, (tokens,), generator=generator), ids_TK[:, 0]
+    gradient_N = torch.rand(tokens * top_k, generator=generator)
+    on: dict[str, list[Routing]] = {}
+    grads: dict[str, list[Tensor]] = {}
+    for device in ("cpu", "cuda"):
+        leaf = weights_TE.to(device, copy=True).requires_grad_()
+        inputs = [tensor.to(device) for tensor in (ids_TK, *pairs, mask_TE, gradient_N)]
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            on[device] = [
+                Routing.from_topk(inputs[0], leaf[:, :top_k], experts),
+                Routing.from_topk(inputs[0].to(torch.int32), leaf[:, :top_k].to(torch.bfloat16), experts),
+                Routing.from_pairs(inputs[1], inputs[2], leaf[:, 0], tokens, experts),
+                Routing.from_mask(inputs[3], leaf, tokens * top_k),
+            ]
+            grads[device] = [
+                torch.autograd.grad((r.weights_N * inputs[4][: r.num_pairs]).sum(), leaf)[0] for r in on[device]
+            ]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(on["cuda"], on["cpu"], strict=True):
+        assert_same(one, other)
+    for one, other in zip(grads["cuda"], grads["cpu"], strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.gpu
+def test_ids_out_of_range_stay_inside_on_a_gpu() -> None:
+    ids_TK = torch.tensor([[-5, 9], [2, 1 << 40]], device="cuda")
+    routing = Routing.from_topk(ids_TK, torch.ones(2, 2, device="cuda"), 4)
+    assert routing.counts_E.tolist() == [1, 0, 1, 2]
+    check_token_walk(routing)
+
+
+def assert_same(one: Routing, other: Routing) -> None:
+    for field in dataclasses.fields(Routing):
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(ours.cpu(), theirs.cpu()) if isinstance(ours, Tensor) else ours == theirs, field.name

@@ -26,7 +26,8 @@ from moetrain.data.build import build
 from moetrain.data.tokenizer import BytesTokenizer
 from moetrain.errors import CheckpointError, DataError, UserError
 from moetrain.evaluate import evaluate_command
-from moetrain.trainer import Trainer, train
+from moetrain.kernels import autotune
+from moetrain.trainer import Trainer, _rounding_warning, train
 
 SMALL: dict[str, Any] = {
     "model": {"dim": 32, "n_layers": 2, "n_heads": 2, "num_experts": 4, "expert_dim": 32, "shared_dim": 16},
@@ -173,6 +174,58 @@ def test_a_bad_gradient_skips_the_update_and_too_many_stop_the_run(
     bad.update({4})
     with pytest.raises(UserError, match="step 4: 2 steps in a row had a NaN or Inf gradient"):
         train(make_config(tmp_path / "two", data_folder, "train.max_bad_steps=2"))
+
+
+def test_rounding_is_reported_and_few_tokens_are_warned_of(
+    tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["router.rounding=up", "train.steps=1", "metrics.console=plain"]
+    run(make_config(tmp_path / "run", data_folder, *settings))
+    assert "router.rounding = up with train.micro_batch = 4: an expert gets 64 tokens" in capsys.readouterr().out
+    record = metrics(tmp_path / "run")[1]
+    assert record["moe/added_tokens"] == record["moe/layer_00/added_tokens"] + record["moe/layer_01/added_tokens"] > 0
+    assert record["moe/dropped_tokens"] == 0
+
+
+def test_rounding_warning(tmp_path: Path, data_folder: Path) -> None:
+    def warning(*overrides: str, dp: int = 1, tile: int = 16) -> str | None:
+        config = make_config(tmp_path, data_folder, "router.rounding=nearest", *overrides)
+        return _rounding_warning(config, dp, tile)
+
+    assert warning() is None  # 4 · 32 tokens · 2 / 4 experts = 64 = 4 tiles
+    assert warning(tile=32) is None
+    assert warning("router.rounding=none", tile=33) is None
+    assert warning(tile=33) == (
+        "warning: router.rounding = nearest with train.micro_batch = 4: an expert gets 64 tokens on average, fewer "
+        "than two tiles of 33, so that rounding changes much of the routing; use train.micro_batch = 8 or more, or "
+        "router.rounding = none"
+    )
+    # Eight ranks have a share of two sequences each.
+    assert "train.micro_batch = 2: an expert gets 32 tokens" in (warning(dp=8, tile=32) or "")
+    assert "use train.micro_batch = 4 or more with train.tokens_per_step = 1024, or" in (warning(dp=8, tile=32) or "")
+
+
+def test_kernels_are_configured_and_their_compilation_is_reported_once(
+    tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    configured: list[bool] = []
+    monkeypatch.setattr(autotune, "configure", configured.append)
+    original = Trainer._step
+
+    def compiling(self: Trainer, batches: Any) -> None:
+        original(self, batches)
+        if (listener := triton.knobs.compilation.listener) is not None:
+            times = triton.knobs.CompileTimes(ir_initialization=500_000, lowering_stages=[], store_results=0)
+            listener(src=None, metadata={}, metadata_group={}, times=times, cache_hit=False)
+
+    monkeypatch.setattr(Trainer, "_step", compiling)
+    settings = ["kernels.autotune=true", "train.steps=2", "metrics.console=plain"]
+    run(make_config(tmp_path / "run", data_folder, *settings))
+    printed = capsys.readouterr().out
+    assert printed.count("compiled") == 1
+    assert "first step: compiled 1 kernel in 0.5 s, 0 from cache" in printed
+    assert configured == [True]
 
 
 def test_what_cannot_be_scored_is_refused_before_training(tmp_path: Path, data_folder: Path) -> None:

@@ -1,0 +1,337 @@
+"""``moetrain bench step``: whole training steps of a config on one GPU, beside Hugging Face transformers' model.
+
+The tokens are random: a step costs the same whatever they are, but for the balance of the experts, and a freshly
+initialised router is nearly balanced on them.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+
+from moetrain.benchmarks.report import Report, say, table
+from moetrain.benchmarks.timing import Deadline, synchronize
+from moetrain.config import Config, check_world, load_config
+from moetrain.data import Loader, open_dataset
+from moetrain.data.index import Index, Shard
+from moetrain.errors import ConfigError
+from moetrain.files import sha256
+from moetrain.flops import flops_per_token, peak_tflops
+from moetrain.model import derive_seed
+from moetrain.ranks import joined_mesh
+from moetrain.trainer import Trainer
+
+GIB = 2**30
+DEFAULTS = ("train.param_dtype=bfloat16", "train.activation_checkpointing.mode=none", "train.micro_batch=4")
+"""Before the user's overrides; a step is one micro-batch unless train.tokens_per_step is overridden."""
+
+PARTS = {
+    "attention": r"flash|fmha|sdpa|attention",
+    "expert products": r"(up_projection|linear|hidden_gradient|weight_gradient|contiguous)_kernel|group",
+    "routing": r"topk|_rank_kernel|_count_kernel|_scan_kernel|tile_schedule|^_(forward|backward)_kernel|sum_pairs"
+    r"|sort|radix|histogram|searchsorted|scan",
+    "norms": r"rms_?norm|layer_?norm|GammaBeta|ComputeGradInput",
+    "optimiser, gradient norm": r"adam|multi_tensor|foreach|lpnorm",
+    "loss": r"softmax|nll|cross_entropy",
+    "dense products": r"gemm|nvjet|cutlass|xmma|cublas",
+    "gathers, copies": r"gather|scatter|index|memcpy|memset|copy|cat",
+    "element-wise, reductions": r"elementwise|reduce",
+}
+"""Part → pattern of the names of its kernels; the first that matches counts."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    config: str
+    overrides: Sequence[str] = ()
+    peer: str | None = None
+    peer_first: bool = False
+    steps: int = 20
+    warmup: int = 3
+    budget_seconds: float | None = None
+    json: str | None = None
+
+
+Step = Callable[[], None]
+
+
+def step_command(options: Options) -> int:
+    """Run the benchmark; returns 0. Raises ConfigError for a bad config or a peer that has no such model."""
+    given = any(override.startswith("train.tokens_per_step=") for override in options.overrides)
+    config = load_config(options.config, [*DEFAULTS, *options.overrides])
+    tokens_per_step = config.train.tokens_per_step if given else config.train.micro_batch * config.data.seq_len
+    config = replace(config, train=replace(config.train, tokens_per_step=tokens_per_step))
+    check_world(config, 1)
+    if options.peer is not None:
+        _check_peer(config)
+    deadline = Deadline(options.budget_seconds)
+    device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    report = Report("step", device, options.json)
+    report.contents["data"] = "random tokens"
+    with tempfile.TemporaryDirectory() as folder:
+        config = _for_benchmark(config, Path(folder))
+        say(f"{tokens_per_step:,} random tokens a step, {config.micro_batch(1)} × {config.data.seq_len} at a time")
+        runs = {"moetrain": _moetrain}
+        if options.peer is not None:
+            runs["transformers"] = _transformers
+        for name in reversed(runs) if options.peer_first else runs:
+            if deadline.passed:
+                say(f"--budget-seconds is spent: {name} was not measured")
+                break
+            with runs[name](config, device) as step:
+                row = {"name": name, **_measure(step, config, device, options, deadline)}
+            del step  # holds the model
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                row["left_gib"] = torch.cuda.memory_allocated(device) / GIB
+            report.add(row)
+            _show(row)
+    return 0
+
+
+def _for_benchmark(config: Config, folder: Path) -> Config:
+    """The same without checkpoints, evaluation and reports, on random tokens in `folder`."""
+    _write_random_tokens(folder / "data", config)
+    return replace(
+        config,
+        run=replace(config.run, dir=str(folder / "run")),
+        data=replace(config.data, path=str(folder / "data")),
+        checkpoint=replace(config.checkpoint, every=0, resume="never"),
+        eval=replace(config.eval, every=0, tokens=config.data.seq_len),
+        metrics=replace(config.metrics, every=10**9, console="none", tensorboard=False, wandb_project=None),
+    )
+
+
+def _write_random_tokens(folder: Path, config: Config) -> None:
+    """A data set of uniformly random tokens of the model's vocabulary."""
+    folder.mkdir()
+    vocabulary = config.model.vocab_size
+    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
+    generator = np.random.default_rng(config.train.seed)
+    shards = {}
+    for name, tokens in (("train", 8 * config.train.tokens_per_step + 1), ("heldout", 2 * config.data.seq_len + 1)):
+        file = folder / f"{name}.bin"
+        file.write_bytes(
+            generator.integers(vocabulary, size=tokens).astype(f"<{dtype[0]}{int(dtype[4:]) // 8}").tobytes()
+        )
+        shards[name] = (Shard(file.name, tokens, 1, tokens, dtype, sha256(file)),)
+    # No text was tokenised; "bytes" is the kind that needs no tokenizer file.
+    tokenizer = {"kind": "bytes", "name": "random tokens"}
+    Index(vocabulary, 0, tokenizer, {"made": "by moetrain bench step"}, **shards).write(folder)
+
+
+@contextmanager
+def _loader(config: Config, device: torch.device) -> Iterator[Loader]:
+    """The same batches for everyone."""
+    dataset = open_dataset(config.data)
+    loader = Loader(
+        split=dataset.train,
+        seq_len=config.data.seq_len,
+        micro_batch=config.micro_batch(1),
+        accumulation=config.accumulation_steps(1),
+        dp_rank=0,
+        dp_size=1,
+        seed=config.train.seed,
+        end_of_document=dataset.end_of_document,
+        mask_documents=config.data.mask_documents,
+        prefetch=config.data.prefetch,
+        pin=device.type == "cuda",
+    )
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+@contextmanager
+def _moetrain(config: Config, device: torch.device) -> Iterator[Step]:
+    """A step of the trainer."""
+    with joined_mesh(config) as mesh, _loader(config, device) as loader:
+        trainer = Trainer(config, mesh)
+        backend = trainer.model.expert_backend if trainer.model.moe_layers else "none"
+        say(f"moetrain: experts by {backend}, compile={config.train.compile}")
+        try:
+            yield lambda: trainer._step(loader)
+        finally:
+            trainer.checkpointer.close()
+            if trainer.logger is not None:
+                trainer.logger.close()
+
+
+def _check_peer(config: Config) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ConfigError("--peer transformers: it is not installed; install moetrain[hf]") from None
+    model = config.model
+    olmoe = model.qk_norm == "full" and model.activation == "swiglu" and not (model.shared_dim or model.qkv_bias)
+    if not olmoe or not all(map(model.is_moe_layer, range(model.n_layers))) or config.router.score != "softmax":
+        raise ConfigError("--peer transformers: compares OLMoE only; this config describes another architecture")
+
+
+@contextmanager
+def _transformers(config: Config, device: torch.device) -> Iterator[Step]:
+    """transformers' OLMoE of the same shape in bfloat16, torch's fused AdamW, the same tokens and clipping."""
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    model, optim = config.model, config.optim
+    settings: dict[str, Any] = {"experts_implementation": "grouped_mm", "attn_implementation": "sdpa"}
+    description = OlmoeConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.dim,
+        intermediate_size=model.expert_dim,
+        num_hidden_layers=model.n_layers,
+        num_attention_heads=model.n_heads,
+        num_key_value_heads=model.kv_heads,
+        num_experts=model.num_experts,
+        num_experts_per_tok=config.router.top_k,
+        norm_topk_prob=config.router.normalize,
+        rms_norm_eps=model.norm_eps,
+        max_position_embeddings=config.data.seq_len,
+        tie_word_embeddings=model.tie_embeddings,
+        use_cache=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **settings,
+    )
+    torch.manual_seed(derive_seed(config.train.seed) % 2**32)
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(description, dtype=torch.bfloat16)
+    network.train()
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
+    accumulation = config.accumulation_steps(1)
+    say(f"transformers: experts by {description._experts_implementation}, no auxiliary loss")
+
+    with _loader(config, device) as loader:
+
+        def step() -> None:
+            for _ in range(accumulation):
+                tokens_BS = next(loader).to(device).tokens_BS
+                (network(input_ids=tokens_BS, labels=tokens_BS).loss / accumulation).backward()
+            if optim.clip_norm > 0:
+                nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        yield step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def _measure(step: Step, config: Config, device: torch.device, options: Options, deadline: Deadline) -> dict[str, Any]:
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    first_step = time.perf_counter() - start
+    for _ in range(options.warmup - 1):
+        step()
+    synchronize(device)
+    row: dict[str, Any] = {"first_step_s": first_step}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = _step_seconds(step, options.steps, device, deadline)
+    tokens = config.train.tokens_per_step
+    rate = tokens / statistics.median(seconds)
+    row |= {
+        "steps": len(seconds),
+        "tokens_per_step": tokens,
+        "step_ms": statistics.median(seconds) * 1e3,
+        "step_ms_range": [min(seconds) * 1e3, max(seconds) * 1e3],
+        "tokens_per_s": rate,
+    }
+    if device.type != "cuda":
+        return row
+    peak = config.metrics.peak_tflops or peak_tflops(torch.cuda.get_device_name(device))
+    row |= {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "mfu": None if peak is None else rate * flops_per_token(config).total / (peak * 1e12),
+    }
+    if not deadline.passed:
+        row |= _profile(step, device)
+    return row
+
+
+def _step_seconds(step: Step, steps: int, device: torch.device, deadline: Deadline) -> list[float]:
+    """Seconds of each step, without waiting between them; a passed deadline ends early, after three."""
+    if device.type != "cuda":
+        times = [time.perf_counter()]
+        while len(times) <= steps and not (deadline.passed and len(times) > 3):
+            step()
+            times.append(time.perf_counter())
+        return [end - start for start, end in pairwise(times)]
+    events = [torch.cuda.Event(enable_timing=True)]
+    events[0].record()
+    while len(events) <= steps and not (deadline.passed and len(events) > 3):
+        step()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+def _profile(step: Step, device: torch.device, steps: int = 2) -> dict[str, Any]:
+    """Milliseconds of a step's kernels by part, and the kernels that take longest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize(device)
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            total, count = kernels.get(event.key, (0.0, 0))
+            kernels[event.key] = (total + event.self_device_time_total / 1e3 / steps, count + event.count // steps)
+    parts = dict.fromkeys([*PARTS, "other"], 0.0)
+    for name, (milliseconds, _) in kernels.items():
+        parts[part_of(name)] += milliseconds
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:30]
+    return {
+        "parts_ms": parts,
+        "kernels": [{"name": name[:120], "part": part_of(name), "ms": ms, "count": n} for name, (ms, n) in longest],
+    }
+
+
+def part_of(kernel: str) -> str:
+    """The part of the step that a kernel of this name belongs to."""
+    for part, pattern in PARTS.items():
+        if re.search(pattern, kernel, re.IGNORECASE):
+            return part
+    return "other"
+
+
+def _show(row: dict[str, Any]) -> None:
+    memory = f", peak memory {row['peak_allocated_gib']:.1f} GiB" if "peak_allocated_gib" in row else ""
+    mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
+    say(
+        f"{row['name']}: {row['tokens_per_s']:,.0f} tokens/s, {row['step_ms']:.1f} ms a step (median of "
+        f"{row['steps']}){mfu}{memory}; first step {row['first_step_s']:.1f} s"
+    )
+    if "parts_ms" in row:
+        total = sum(row["parts_ms"].values())
+        table(
+            ("kernels of", "ms", "%"),
+            [(part, ms, 100 * ms / total) for part, ms in [*row["parts_ms"].items(), ("sum", total)] if ms],
+        )
+        table(("longest", "ms", "times"), [(k["name"][:80], k["ms"], k["count"]) for k in row["kernels"][:15]])

@@ -1,0 +1,674 @@
+"""Device code of the grouped GEMMs for Hopper (sm_90), in Gluon: warp-specialised, persistent.
+
+Every kernel is a ring of shared-memory slots between one loader partition, which fills them by TMA and by asynchronous
+row gathers, and one or two MMA partitions, which multiply and write their tiles by TMA.
+
+Names: E experts, N pairs (rows), D width, I expert width; a tile is BLOCK_M rows of one expert × BLOCK_N columns.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moetrain.kernels import activation as _activation
+
+# These names changed after triton 3.6.
+aggregate = gluon.aggregate if hasattr(gluon, "aggregate") else tl.core._aggregate
+partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+gather_to_shared = (
+    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+)
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+_function_and_derivative = gluon.jit(_activation.function_and_derivative.fn)
+
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+RAGGED_ROWS = gl.constexpr(0x40000000)
+"""Rows of a ragged descriptor's innermost row dimension, see :func:`ragged`."""
+
+
+@gluon.jit
+def sigmoid(x):
+    """1 / (1 + 2^(−x log₂e)) by the two hardware approximations, within 2⁻²¹: fewer instructions to hide than exp."""
+    exponential = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + exponential], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def function_and_derivative(x, FUNCTION: gl.constexpr):
+    """f(x) and f′(x) in float32, as :func:`moetrain.kernels.activation.function_and_derivative`."""
+    if FUNCTION == "silu":
+        gate = sigmoid(x)
+        value = x * gate
+        derivative = gate + value * (1.0 - gate)
+    else:
+        value, derivative = _function_and_derivative(x, FUNCTION)
+    return value, derivative
+
+
+@aggregate
+class Tiles:
+    """The row tiles of all experts (:mod:`moetrain.kernels.tile_schedule`)."""
+
+    experts: gl.tensor
+    rows: gl.tensor
+    offsets: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, experts, rows, offsets):
+        self.experts = experts
+        self.rows = rows
+        self.offsets = offsets
+
+    @gluon.jit
+    def at(self, index, NUM_COLUMNS: gl.constexpr):
+        """Expert, first row, end of the expert's rows and column tile of the work item `index`, columns fastest."""
+        row_tile = index // NUM_COLUMNS
+        expert = gl.load(self.experts + row_tile)
+        return expert, gl.load(self.rows + row_tile), gl.load(self.offsets + expert + 1), index % NUM_COLUMNS
+
+
+@aggregate
+class Ring:
+    """Slots for one k-step of both operands, with a barrier each for "filled" and "free"."""
+
+    a: gl.shared_memory_descriptor
+    b: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, a, b, full, empty):
+        self.a = a
+        self.b = b
+        self.full = full
+        self.empty = empty
+
+    @gluon.jit
+    def acquire(self, step):
+        """The loader's slot of its k-step number `step`, once the MMA partition has freed it."""
+        slot = step % self.full.shape[0]
+        mbarrier.wait(self.empty.index(slot), ((step // self.full.shape[0]) & 1) ^ 1)
+        return slot, self.full.index(slot)
+
+    @gluon.jit
+    def wait_full(self, step):
+        slot = step % self.full.shape[0]
+        mbarrier.wait(self.full.index(slot), (step // self.full.shape[0]) & 1)
+        return slot
+
+    @gluon.jit
+    def release_before(self, step, pred):
+        """Free the slot of the k-step before `step`."""
+        mbarrier.arrive(self.empty.index((step + self.full.shape[0] - 1) % self.full.shape[0]), pred=pred)
+
+
+@gluon.jit
+def make_ring(
+    DTYPE: gl.constexpr,
+    A_SHAPE: gl.constexpr,
+    B_SHAPE: gl.constexpr,
+    A_LAYOUT: gl.constexpr,
+    B_LAYOUT: gl.constexpr,
+    STAGES: gl.constexpr,
+    ARRIVALS: gl.constexpr,
+):
+    a = gl.allocate_shared_memory(DTYPE, [STAGES, A_SHAPE[0], A_SHAPE[1]], A_LAYOUT)
+    b = gl.allocate_shared_memory(DTYPE, [STAGES, B_SHAPE[0], B_SHAPE[1]], B_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=ARRIVALS)
+        mbarrier.init(empty.index(i), count=1)
+    return Ring(a, b, full, empty)
+
+
+@gluon.jit
+def reshaped(buffer, like, SHAPE: gl.constexpr):
+    """The same shared memory in another shape, and in the layout of `like`."""
+    if HAS_REINTERPRET:
+        view = buffer.reinterpret(buffer.dtype, SHAPE, like.layout)
+    else:
+        view = buffer._reinterpret(buffer.dtype, SHAPE, like.layout)
+    return view
+
+
+@gluon.jit
+def shaped_as(buffer, descriptor):
+    """A buffer in the shape (with leading ones) and the layout of a tensor descriptor's block."""
+    if HAS_REINTERPRET:
+        view = buffer.reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
+    else:
+        view = buffer._reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
+    return view
+
+
+@gluon.jit
+def halves(x):
+    """Left and right half of the columns, without moving data between threads."""
+    ROWS: gl.constexpr = x.shape[0]
+    HALF: gl.constexpr = x.shape[1] // 2
+    return x.reshape((ROWS, 2, HALF)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def ragged(first, end):
+    """Leading coordinates of the row `first` in a ragged descriptor; rows from `end` on read as zeros, are not written.
+
+    The descriptor's shape starts with [·, ·, 2³⁰] and its strides with (2³⁴ − r, r, r): address arithmetic wraps at
+    2⁶⁴, so these coordinates point at `first` while the bound of the third dimension falls on `end`.
+    """
+    return RAGGED_ROWS, end, RAGGED_ROWS - (end - first)
+
+
+@gluon.jit
+def send(x, buffers, count, descriptor, coordinates):
+    """Write a block by TMA through one of a few buffers, the one whose previous store is the oldest; count + 1."""
+    buffer = buffers.index(count % buffers.shape[0])
+    tma.store_wait(buffers.shape[0] - 1)
+    partition_barrier()
+    buffer.store(x.to(buffer.dtype))
+    fence_async_shared()
+    partition_barrier()
+    tma_store(descriptor, coordinates, shaped_as(buffer, descriptor))
+    return count + 1
+
+
+# --- Gathered rows: up projection and hidden gradient --------------------------------------------------------------
+
+
+@gluon.jit
+def load_gathered(
+    x, token_ids, weight, h, tiles, num_items, ring, K: gl.constexpr, NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CHUNK: gl.constexpr, UP: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Rows x[token] by asynchronous copies, weights by TMA: [E, 2, I, D] for the up projection, else [E, D, I].
+
+    For the hidden gradient, chunks of gate and up follow a tile's k-steps through the same slots, for its epilogue.
+    """
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    SIZE: gl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+    step = gl.to_tensor(0)
+    columns = gl.arange(0, BLOCK_K, gl.SliceLayout(0, ROWS))
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        expert, first, end, column = tiles.at(item, NUM_COLUMNS)
+        rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS))
+        # Rows past the end read token 0: their results are never written.
+        tokens = gl.load(token_ids + rows, mask=rows < end, other=0)
+        pointers = x + (tokens.to(gl.int64) * K)[:, None] + columns[None, :]
+        for k in range(0, K, BLOCK_K):
+            slot, full = ring.acquire(step)
+            mbarrier.expect(full, BLOCK_N * BLOCK_K * SIZE)
+            b = shaped_as(ring.b.index(slot), weight)
+            if UP:
+                tma_load(weight, [expert, 0, column * (BLOCK_N // 2), k], full, b)
+            else:
+                tma_load(weight, [expert, k, column * BLOCK_N], full, b)
+            if K % BLOCK_K == 0:
+                gather_to_shared(ring.a.index(slot), pointers + k)
+            else:
+                gather_to_shared(ring.a.index(slot), pointers + k, mask=(columns < K - k)[None, :])
+            async_copy.mbarrier_arrive(full, increment_count=False)
+            step += 1
+        if not UP:
+            for c in gl.static_range(BLOCK_N // CHUNK):
+                slot, full = ring.acquire(step)
+                mbarrier.expect(full, 2 * BLOCK_M * CHUNK * SIZE)
+                for half in gl.static_range(2):
+                    part = reshaped(ring.b.index(slot), h, (2, BLOCK_M, 1, CHUNK)).index(half)
+                    tma_load(h, [first, half, column * BLOCK_N + c * CHUNK], full, part)
+                async_copy.mbarrier_arrive(full, increment_count=False)
+                step += 1
+
+
+@gluon.jit
+def multiply_steps(ring, step, acc, STEPS: gl.constexpr, TRANSPOSED_B: gl.constexpr):
+    """STEPS k-steps of acc += A · B (B [N, K] if TRANSPOSED_B), one product in flight; all slots are free after."""
+    for k in range(STEPS):
+        slot = ring.wait_full(step)
+        b = ring.b.index(slot)
+        if TRANSPOSED_B:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(ring.a.index(slot), b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        ring.release_before(step, k > 0)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    ring.release_before(step, True)
+    return acc, step
+
+
+@gluon.jit
+def up_epilogue(
+    gate, up, h, a, buffers, count, first, end, column, CHUNK: gl.constexpr, FUNCTION: gl.constexpr,
+    KEEP_HIDDEN: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Write gate, up and f(gate) ⊙ up, CHUNK columns at a time."""
+    if gate.shape[1] > CHUNK:
+        HALF: gl.constexpr = gate.shape[1] // 2
+        left_gate, right_gate = halves(gate)
+        left_up, right_up = halves(up)
+        count = up_epilogue(
+            left_gate, left_up, h, a, buffers, count, first, end, column, CHUNK, FUNCTION, KEEP_HIDDEN, WARPS
+        )
+        count = up_epilogue(
+            right_gate, right_up, h, a, buffers, count, first, end, column + HALF, CHUNK, FUNCTION, KEEP_HIDDEN, WARPS
+        )
+    else:
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
+        gate, up = gl.convert_layout(gate, LAYOUT), gl.convert_layout(up, LAYOUT)
+        wrap, row, below = ragged(first, end)
+        if KEEP_HIDDEN:
+            count = send(gate, buffers, count, h, [wrap, row, below, 0, column])
+            count = send(up, buffers, count, h, [wrap, row, below, 1, column])
+        value, _ = function_and_derivative(gate, FUNCTION)
+        count = send(value * up, buffers, count, a, [wrap, row, below, column])
+    return count
+
+
+@gluon.jit
+def up_consumer(
+    h, a, tiles, num_items, ring, buffers, K: gl.constexpr, NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CHUNK: gl.constexpr, FUNCTION: gl.constexpr,
+    KEEP_HIDDEN: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    step, count = gl.to_tensor(0), gl.to_tensor(0)
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        _, first, end, column = tiles.at(item, NUM_COLUMNS)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, True)
+        gate, up = halves(acc)
+        count = up_epilogue(
+            gate, up, h, a, buffers, count, first, end, column * (BLOCK_N // 2), CHUNK, FUNCTION, KEEP_HIDDEN, WARPS
+        )
+    tma.store_wait(0)
+
+
+@gluon.jit
+def up_projection_kernel(
+    x, weight, h, a, token_ids, tile_experts, tile_rows, num_tiles, expert_offsets,
+    D: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, LOADER_WARPS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr, FUNCTION: gl.constexpr, KEEP_HIDDEN: gl.constexpr, A_LAYOUT: gl.constexpr,
+    B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
+    """h[n] = W_gate_up,e x[token of n] and a = f(gate) ⊙ up. A column tile is BLOCK_N / 2 gates and their ups."""
+    NUM_COLUMNS: gl.constexpr = (2 * INNER + BLOCK_N - 1) // BLOCK_N
+    tiles = Tiles(tile_experts, tile_rows, expert_offsets)
+    num_items = gl.load(num_tiles) * NUM_COLUMNS
+    DTYPE: gl.constexpr = x.dtype.element_ty
+    # A full slot is announced by the TMA and by every thread of the gather.
+    ring = make_ring(DTYPE, (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K), A_LAYOUT, B_LAYOUT, STAGES, 1 + 32 * LOADER_WARPS)
+    buffers = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_M, CHUNK], BUFFER_LAYOUT)
+    gl.warp_specialize(
+        [
+            (
+                up_consumer,
+                (h, a, tiles, num_items, ring, buffers, D, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, FUNCTION,
+                 KEEP_HIDDEN, num_warps),
+            ),
+            (
+                load_gathered,
+                (x, token_ids, weight, h, tiles, num_items, ring, D, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK,
+                 True, LOADER_WARPS),
+            ),
+        ],
+        [LOADER_WARPS],
+        [LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def hidden_epilogue(
+    da, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column, CHUNK: gl.constexpr,
+    FUNCTION: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """From dA′ = dy W_down and the chunks of h that follow in the ring: dh and w a written, ⟨dA′, a⟩ added up."""
+    if da.shape[1] > CHUNK:
+        HALF: gl.constexpr = da.shape[1] // 2
+        left, right = halves(da)
+        dweight_M, step, count = hidden_epilogue(
+            left, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column, CHUNK, FUNCTION,
+            WARPS
+        )  # fmt: skip
+        dweight_M, step, count = hidden_epilogue(
+            right, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column + HALF, CHUNK,
+            FUNCTION, WARPS
+        )  # fmt: skip
+    else:
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
+        slot = ring.wait_full(step)
+        hidden = reshaped(ring.b.index(slot), buffers, (2, da.shape[0], CHUNK))
+        gate, up = hidden.index(0).load(LAYOUT).to(gl.float32), hidden.index(1).load(LAYOUT).to(gl.float32)
+        # The slot was read through the generic proxy and is written next by TMA.
+        fence_async_shared()
+        step += 1
+        ring.release_before(step, True)
+        da = gl.convert_layout(da, LAYOUT)
+        value, derivative = function_and_derivative(gate, FUNCTION)
+        a = value * up
+        dweight_M += gl.sum(da * a, 1)
+        wrap, row, below = ragged(first, end)
+        count = send(a * weight_M[:, None], buffers, count, weighted_a, [wrap, row, below, column])
+        da = da * weight_M[:, None]
+        count = send(da * up * derivative, buffers, count, dh, [wrap, row, below, 0, column])
+        count = send(da * value, buffers, count, dh, [wrap, row, below, 1, column])
+    return dweight_M, step, count
+
+
+@gluon.jit
+def hidden_gradient_consumer(
+    weights, dh, weighted_a, dweights, num_pairs, tiles, num_items, ring, buffers, K: gl.constexpr,
+    NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    CHUNK: gl.constexpr, FUNCTION: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
+    step, count = gl.to_tensor(0), gl.to_tensor(0)
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        _, first, end, column = tiles.at(item, NUM_COLUMNS)
+        rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+        weight_M = gl.load(weights + rows, mask=rows < end, other=0.0).to(gl.float32)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, False)
+        dweight_M = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, LAYOUT))
+        dweight_M, step, count = hidden_epilogue(
+            acc, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column * BLOCK_N, CHUNK,
+            FUNCTION, WARPS
+        )  # fmt: skip
+        # One partial sum a row and column tile; they are added in a fixed order afterwards.
+        gl.store(dweights + column.to(gl.int64) * num_pairs + rows, dweight_M, mask=rows < end)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hidden_gradient_kernel(
+    dy, weight, h, weights, dh, weighted_a, dweights, token_ids, tile_experts, tile_rows, num_tiles, expert_offsets,
+    num_pairs, D: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, LOADER_WARPS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr, FUNCTION: gl.constexpr, A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr,
+    BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
+    """dA′ = dy[token] W_down,e; from it and h: dh, the weighted a and partial sums of ⟨dA′, a⟩."""
+    NUM_COLUMNS: gl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    tiles = Tiles(tile_experts, tile_rows, expert_offsets)
+    num_items = gl.load(num_tiles) * NUM_COLUMNS
+    DTYPE: gl.constexpr = dy.dtype.element_ty
+    ring = make_ring(DTYPE, (BLOCK_M, BLOCK_K), (BLOCK_K, BLOCK_N), A_LAYOUT, B_LAYOUT, STAGES, 1 + 32 * LOADER_WARPS)
+    buffers = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_M, CHUNK], BUFFER_LAYOUT)
+    gl.warp_specialize(
+        [
+            (
+                hidden_gradient_consumer,
+                (weights, dh, weighted_a, dweights, num_pairs, tiles, num_items, ring, buffers, D, NUM_COLUMNS,
+                 BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, FUNCTION, num_warps),
+            ),
+            (
+                load_gathered,
+                (dy, token_ids, weight, h, tiles, num_items, ring, D, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK,
+                 False, LOADER_WARPS),
+            ),
+        ],
+        [LOADER_WARPS],
+        [LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+# --- Contiguous rows: down projection and input gradient -----------------------------------------------------------
+
+
+@gluon.jit
+def load_contiguous(
+    rows, weight, tiles, num_items, ring, K: gl.constexpr, NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TRANSPOSED: gl.constexpr
+):  # fmt: skip
+    """Both operands by TMA; the weight is [E, K, columns], or [E, columns, K] if TRANSPOSED."""
+    step = gl.to_tensor(0)
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        expert, first, _, column = tiles.at(item, NUM_COLUMNS)
+        for k in range(0, K, BLOCK_K):
+            slot, full = ring.acquire(step)
+            mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K * rows.dtype.primitive_bitwidth // 8)
+            tma_load(rows, [first, k], full, ring.a.index(slot))
+            if TRANSPOSED:
+                b = shaped_as(ring.b.index(slot), weight)
+                tma_load(weight, [expert, column * BLOCK_N, k], full, b)
+            else:
+                b = shaped_as(ring.b.index(slot), weight)
+                tma_load(weight, [expert, k, column * BLOCK_N], full, b)
+            step += 1
+
+
+@gluon.jit
+def contiguous_consumer(
+    ID: gl.constexpr, CONSUMERS: gl.constexpr, out, tiles, num_items, ring, buffers, turn, K: gl.constexpr,
+    NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STORE_N: gl.constexpr, TRANSPOSED: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Every CONSUMERS-th tile. Two consumers alternate: while one writes its tile, the other has the tensor cores."""
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PROGRAMS = gl.num_programs(0)
+    step = gl.to_tensor(ID * STEPS)
+    turns, count = gl.to_tensor(0), gl.to_tensor(0)
+    for item in range(gl.program_id(0) + ID * PROGRAMS, num_items, PROGRAMS * CONSUMERS):
+        _, first, end, column = tiles.at(item, NUM_COLUMNS)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+        if CONSUMERS == 2:
+            # Without an order the two would wait for the same parity of one slot.
+            mbarrier.wait(turn.index(ID), (turns & 1) ^ (1 - ID))
+            turns += 1
+        acc, step = multiply_steps(ring, step, acc, STEPS, TRANSPOSED)
+        if CONSUMERS == 2:
+            mbarrier.arrive(turn.index(1 - ID))
+        step += (CONSUMERS - 1) * STEPS
+        count = contiguous_epilogue(acc, out, buffers, count, first, end, column * BLOCK_N, STORE_N, WARPS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def contiguous_epilogue(
+    acc, out, buffers, count, first, end, column, STORE_N: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Write a tile, STORE_N columns at a time."""
+    if acc.shape[1] > STORE_N:
+        left, right = halves(acc)
+        count = contiguous_epilogue(left, out, buffers, count, first, end, column, STORE_N, WARPS)
+        count = contiguous_epilogue(right, out, buffers, count, first, end, column + acc.shape[1] // 2, STORE_N, WARPS)
+    else:
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, STORE_N, 16])
+        wrap, row, below = ragged(first, end)
+        count = send(gl.convert_layout(acc, LAYOUT), buffers, count, out, [wrap, row, below, column])
+    return count
+
+
+@gluon.jit
+def contiguous_kernel(
+    rows, weight, out, tile_experts, tile_rows, num_tiles, expert_offsets, K: gl.constexpr, COLUMNS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    STORE_N: gl.constexpr, BUFFERS: gl.constexpr, TRANSPOSED: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
+    """out[n] = rows[n] · weight of n's expert."""
+    NUM_COLUMNS: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    tiles = Tiles(tile_experts, tile_rows, expert_offsets)
+    num_items = gl.load(num_tiles) * NUM_COLUMNS
+    B_SHAPE: gl.constexpr = (BLOCK_N, BLOCK_K) if TRANSPOSED else (BLOCK_K, BLOCK_N)
+    ring = make_ring(rows.dtype, (BLOCK_M, BLOCK_K), B_SHAPE, A_LAYOUT, B_LAYOUT, STAGES, 1)
+    first = gl.allocate_shared_memory(rows.dtype, [BUFFERS, BLOCK_M, STORE_N], BUFFER_LAYOUT)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turn.index(0), count=1)
+    mbarrier.init(turn.index(1), count=1)
+    # The compiler takes these tuples only where they are written out.
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    contiguous_consumer,
+                    (0, 1, out, tiles, num_items, ring, first, turn, K, NUM_COLUMNS, BLOCK_M, BLOCK_N,
+                     BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+                ),
+                (
+                    load_contiguous,
+                    (rows, weight, tiles, num_items, ring, K, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED),
+                ),
+            ],
+            [1],
+            [LOADER_REGISTERS],
+        )  # fmt: skip
+    else:
+        second = gl.allocate_shared_memory(rows.dtype, [BUFFERS, BLOCK_M, STORE_N], BUFFER_LAYOUT)
+        gl.warp_specialize(
+            [
+                (
+                    contiguous_consumer,
+                    (0, 2, out, tiles, num_items, ring, first, turn, K, NUM_COLUMNS, BLOCK_M, BLOCK_N,
+                     BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+                ),
+                (
+                    contiguous_consumer,
+                    (1, 2, out, tiles, num_items, ring, second, turn, K, NUM_COLUMNS, BLOCK_M, BLOCK_N,
+                     BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+                ),
+                (
+                    load_contiguous,
+                    (rows, weight, tiles, num_items, ring, K, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED),
+                ),
+            ],
+            [num_warps, 1],
+            [CONSUMER_REGISTERS, LOADER_REGISTERS],
+        )  # fmt: skip
+
+
+# --- Weight gradients: one product an expert, over its rows --------------------------------------------------------
+
+
+@gluon.jit
+def weight_item(item, expert_offsets, NUM_P: gl.constexpr, NUM_Q: gl.constexpr):
+    expert = item // (NUM_P * NUM_Q)
+    rest = item % (NUM_P * NUM_Q)
+    return expert, rest // NUM_Q, rest % NUM_Q, gl.load(expert_offsets + expert), gl.load(expert_offsets + expert + 1)
+
+
+@gluon.jit
+def load_weight_gradient(
+    gathered, contiguous, token_ids, expert_offsets, num_items, ring, P: gl.constexpr, Q: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, GATHER_LEFT: gl.constexpr,
+    WARPS: gl.constexpr
+):  # fmt: skip
+    """Rows of an expert: one side gathered by token, the other read in place; both are zero past the expert's rows."""
+    BLOCK: gl.constexpr = BLOCK_P if GATHER_LEFT else BLOCK_Q
+    OTHER: gl.constexpr = BLOCK_Q if GATHER_LEFT else BLOCK_P
+    WIDTH: gl.constexpr = P if GATHER_LEFT else Q
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK, BLOCK // 8], [WARPS, 1], [1, 0])
+    step = gl.to_tensor(0)
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        _, p, q, start, end = weight_item(
+            item, expert_offsets, (P + BLOCK_P - 1) // BLOCK_P, (Q + BLOCK_Q - 1) // BLOCK_Q
+        )
+        if GATHER_LEFT:
+            own, other = p, q
+        else:
+            own, other = q, p
+        columns = own * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, ROWS))
+        rows = start + gl.arange(0, BLOCK_K, gl.SliceLayout(1, ROWS))
+        # Ids are fetched a step ahead of the rows they name.
+        tokens = gl.load(token_ids + rows, mask=rows < end, other=0)
+        for k in range(start, end, BLOCK_K):
+            next_tokens = gl.load(token_ids + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
+            slot, full = ring.acquire(step)
+            mbarrier.expect(full, OTHER * BLOCK_K * contiguous.dtype.primitive_bitwidth // 8)
+            if GATHER_LEFT:
+                own_slot, other_slot = ring.a.index(slot), ring.b.index(slot)
+            else:
+                own_slot, other_slot = ring.b.index(slot), ring.a.index(slot)
+            wrap, row, below = ragged(k, end)
+            tma_load(
+                contiguous,
+                [wrap, row, below, other * OTHER],
+                full,
+                shaped_as(other_slot, contiguous),
+            )
+            mask = (rows < end)[:, None]
+            if WIDTH % BLOCK != 0:
+                mask = mask & (columns < WIDTH)[None, :]
+            pointers = gathered + (tokens.to(gl.int64) * WIDTH)[:, None] + columns[None, :]
+            gather_to_shared(own_slot, pointers, mask=mask)
+            async_copy.mbarrier_arrive(full, increment_count=False)
+            tokens = next_tokens
+            rows += BLOCK_K
+            step += 1
+
+
+@gluon.jit
+def weight_gradient_consumer(
+    out, expert_offsets, num_items, ring, buffers, P: gl.constexpr, Q: gl.constexpr, BLOCK_P: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_Q, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_Q // 2, 16])
+    step, count = gl.to_tensor(0), gl.to_tensor(0)
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        expert, p, q, start, end = weight_item(
+            item, expert_offsets, (P + BLOCK_P - 1) // BLOCK_P, (Q + BLOCK_Q - 1) // BLOCK_Q
+        )
+        acc = gl.zeros([BLOCK_P, BLOCK_Q], gl.float32, ACCUMULATOR)
+        for k in range(start, end, BLOCK_K):
+            slot = ring.wait_full(step)
+            acc = warpgroup_mma(ring.a.index(slot).permute((1, 0)), ring.b.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            ring.release_before(step, k > start)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        ring.release_before(step, end > start)
+        left, right = halves(acc)
+        row, column = p * BLOCK_P, q * BLOCK_Q
+        count = send(gl.convert_layout(left, HALF), buffers, count, out, [expert, row, column])
+        count = send(gl.convert_layout(right, HALF), buffers, count, out, [expert, row, column + BLOCK_Q // 2])
+    tma.store_wait(0)
+
+
+@gluon.jit
+def weight_gradient_kernel(
+    gathered, contiguous, out, token_ids, expert_offsets, num_experts, P: gl.constexpr, Q: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GATHER_LEFT: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, A_LAYOUT: gl.constexpr,
+    B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
+    """out[e] [P, Q] = leftᵀ right over the rows of expert e; one of the two is gathered. Zeros without rows."""
+    DTYPE: gl.constexpr = gathered.dtype.element_ty
+    num_items = num_experts * ((P + BLOCK_P - 1) // BLOCK_P) * ((Q + BLOCK_Q - 1) // BLOCK_Q)
+    ring = make_ring(DTYPE, (BLOCK_K, BLOCK_P), (BLOCK_K, BLOCK_Q), A_LAYOUT, B_LAYOUT, STAGES, 1 + 32 * LOADER_WARPS)
+    buffers = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, BLOCK_Q // 2], BUFFER_LAYOUT)
+    gl.warp_specialize(
+        [
+            (
+                weight_gradient_consumer,
+                (out, expert_offsets, num_items, ring, buffers, P, Q, BLOCK_P, BLOCK_Q, BLOCK_K, num_warps),
+            ),
+            (
+                load_weight_gradient,
+                (gathered, contiguous, token_ids, expert_offsets, num_items, ring, P, Q, BLOCK_P, BLOCK_Q, BLOCK_K,
+                 GATHER_LEFT, LOADER_WARPS),
+            ),
+        ],
+        [LOADER_WARPS],
+        [LOADER_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,239 @@
+"""The benchmarks: what they check, measure and write, on sizes that a CPU takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.benchmarks import moe_layer
+from moetrain.benchmarks.peers import (
+    PEERS,
+    Layer,
+    LayerInputs,
+    Shape,
+    grouped_mm,
+    interleave,
+    layer_reference,
+    relative_error,
+    separate,
+)
+from moetrain.benchmarks.step import part_of
+from moetrain.benchmarks.timing import Deadline, saved_bytes, time_interleaved
+from moetrain.cli import main
+
+CPU = torch.device("cpu")
+
+
+def run(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    file = tmp_path / "result.json"
+    assert main(["bench", *arguments, "--json", str(file)]) == code
+    contents: dict[str, Any] = json.loads(file.read_text())
+    return contents
+
+
+def test_moe_layer_writes_checked_times(tmp_path: Path) -> None:
+    shape = "96,32,16,4,2"
+    result = run(tmp_path, "moe-layer", "--shapes", shape, "--peers", "grouped_mm", "--rounds", "1", "--profile")
+    assert result["benchmark"] == "moe-layer"
+    assert result["machine"]["versions"]["torch"] == torch.__version__
+    layers = {row["name"]: row for row in result["rows"] if "stage" not in row}
+    assert list(layers) == ["cuBLAS bound", "moetrain reference", "grouped_mm"]
+    for row in layers.values():
+        assert (row["shape"], row["status"]) == (shape, "ok")
+        assert row["forward_ms"] > 0
+        assert row["forward_backward_ms"] > 0
+    # h [N, 2I] in bfloat16 is 4NI bytes; without gathered rows and outputs of experts the rest is small change.
+    hidden = 4 * 96 * 2 * 16 / 2**20
+    assert hidden <= layers["moetrain reference"]["saved_mib"] < 2 * hidden < layers["grouped_mm"]["saved_mib"]
+    stages = [row["stage"] for row in result["rows"] if "stage" in row]
+    assert len(stages) == len(set(stages)) == 11
+
+
+def test_a_wrong_layer_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = grouped_mm().forward
+
+    def one_expert_missing(
+        x_TD: Tensor, w_router_ED: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor, top_k: int
+    ) -> Tensor:
+        keep_E11 = (torch.arange(len(w_down_EDI)) > 0).to(x_TD.dtype)[:, None, None]
+        return right(x_TD, w_router_ED, w_gate_up_E2ID, w_down_EDI * keep_E11, top_k)
+
+    def raises(*tensors: Tensor | int) -> Tensor:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(PEERS, "wrong", lambda: Layer("wrong", one_expert_missing))
+    monkeypatch.setitem(PEERS, "raises", lambda: Layer("raises", raises))
+    result = run(
+        tmp_path, "moe-layer", "--shapes", "256,32,16,16,2", "--peers", "wrong", "raises", "--rounds", "1", code=1
+    )
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["wrong"]["status"] == "WRONG"
+    assert "no kernel image" in rows["raises"]["status"]
+    assert not any("forward_ms" in rows[name] for name in ("wrong", "raises"))
+    assert rows["moetrain reference"]["forward_ms"] > 0
+
+
+def test_parity_checks_without_timing(tmp_path: Path) -> None:
+    result = run(tmp_path, "moe-layer", "--shapes", "64,32,16,4,2", "--peers", "--backends", "torch", "--parity")
+    (row,) = result["rows"]
+    assert row["name"] == "moetrain torch"
+    assert set(row["errors"]) == {"y", "dx", "dw_router", "dw_gate_up", "dw_down"}
+    assert "forward_ms" not in row
+
+
+def test_rounding_beside_top_k(tmp_path: Path) -> None:
+    result = run(tmp_path, "moe-layer", "--shapes", "300,32,16,4,2", "--rounding", "nearest", "--rounds", "1")
+    top_k, rounded = result["rows"]
+    assert (top_k["routing"], top_k["pairs"]) == ("top-k", 600)
+    assert rounded["routing"] == "nearest"
+    assert rounded["pairs"] % moe_layer.TILE == 0
+    assert rounded["speedup"] == pytest.approx(top_k["forward_backward_ms"] / rounded["forward_backward_ms"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give small ones"),
+        (["--shapes", "64,32,32,4"], "five positive numbers"),
+        (["--shapes", "64,32,32,4,0"], "five positive numbers"),
+        (["--shapes", "64,32,32,4,x"], "five positive numbers"),
+        (["--shapes", "64,32,32,4,5"], "K = 5"),
+        (["--shapes", "64,32,32,4,2", "--peers", "megablocks"], "there are grouped_mm"),
+        (["--shapes", "64,32,32,4,2", "--backends", "cutlass"], "cutlass"),
+        (["--shapes", "64,32,32,4,2", "--rounding", "sideways"], "sideways"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "moe-layer", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moetrain: error: ")
+    assert message in line
+
+
+def test_a_spent_budget_ends_cleanly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "moe-layer", "--shapes", "64,32,16,4,2", "--budget-seconds", "0"]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_reference_is_autograd_of_the_definition(top_k: int) -> None:
+    inputs = LayerInputs.random(Shape(40, 16, 24, 5, top_k), CPU, torch.float32)
+    reference = layer_reference(inputs)
+    assert reference.clear_T.any()
+    names = ("x_TD", "w_router_ED", "w_gate_up_E2ID", "w_down_EDI")
+    x_TD, w_router_ED, w_gate_up_E2ID, w_down_EDI = leaves = [
+        getattr(inputs, name).double().requires_grad_() for name in names
+    ]
+    best_TK, ids_TK = (x_TD @ w_router_ED.t()).topk(top_k)
+    gate_TEI, up_TEI = torch.einsum("td,ehd->teh", x_TD, w_gate_up_E2ID).chunk(2, dim=-1)
+    y_TED = torch.einsum("tei,edi->ted", F.silu(gate_TEI) * up_TEI, w_down_EDI)
+    y_TKD = y_TED.gather(1, ids_TK[:, :, None].expand(-1, -1, x_TD.shape[1]))
+    y_TD = (best_TK.softmax(-1)[:, :, None] * y_TKD).sum(1)
+    gradients = torch.autograd.grad(y_TD, leaves, reference.dy_TD.double())
+    for name, expected in zip(("y_TD", *(f"d{name}" for name in names)), (y_TD.detach(), *gradients), strict=True):
+        # float32 against float64: sums of some dozens of terms.
+        assert relative_error(getattr(reference, name).double(), expected) < 2e-6, name
+
+
+def test_reference_marks_tokens_whose_choice_rounding_may_change() -> None:
+    inputs = LayerInputs.random(Shape(2000, 32, 16, 32, 4), CPU)
+    clear_T = layer_reference(inputs).clear_T
+    exact_TK = (inputs.x_TD.float() @ inputs.w_router_ED.float().t()).topk(4).indices.sort().values
+    rounded_TK = F.linear(inputs.x_TD, inputs.w_router_ED).topk(4).indices.sort().values
+    same_T = (exact_TK == rounded_TK).all(1)
+    assert not same_T.all()
+    assert same_T[clear_T].all()
+    assert clear_T.float().mean() > 0.5
+
+
+def test_interleaving_gate_and_up() -> None:
+    w_gate_up_E2ID = torch.randn(3, 8, 5)
+    w_interleaved_E2ID = interleave(w_gate_up_E2ID)
+    assert torch.equal(w_interleaved_E2ID[:, 0::2], w_gate_up_E2ID[:, :4])
+    assert torch.equal(w_interleaved_E2ID[:, 1::2], w_gate_up_E2ID[:, 4:])
+    assert torch.equal(separate(w_interleaved_E2ID), w_gate_up_E2ID)
+
+
+def test_relative_error_of_nan_is_infinite() -> None:
+    assert relative_error(torch.tensor([torch.nan, 1.0]), torch.ones(2)) == float("inf")
+
+
+def test_saved_bytes_counts_storages_once() -> None:
+    x, w = (torch.randn(10, requires_grad=True) for _ in range(2))
+
+    def forward() -> Tensor:
+        product = x * w  # saves x and w, which are known
+        return product.sigmoid() * product  # saves the sigmoid twice and the product once
+
+    assert saved_bytes(forward, (x, w)) == 2 * 40
+    assert saved_bytes(forward, (w,)) == 3 * 40
+
+
+def test_every_call_is_timed_in_every_round() -> None:
+    calls: list[str] = []
+    timings = time_interleaved(
+        {name: lambda name=name: calls.append(name) for name in "ab"},  # type: ignore[misc]
+        CPU,
+        rounds=3,
+        round_seconds=0.0,
+    )
+    rounds = "".join(calls)[4:]  # after two warm-up calls each
+    assert rounds == "aaabbb" + "bbbaaa" + "aaabbb"
+    assert timings["a"].calls == timings["b"].calls == 9
+    assert timings["a"].low <= timings["a"].median <= timings["a"].high
+    spent = time_interleaved({"a": lambda: None}, CPU, rounds=3, round_seconds=0.0, deadline=Deadline(0))
+    assert spent["a"].calls == 3
+
+
+STEP = [
+    *("step", "tiny", "model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16"),
+    *("model.qk_norm=full", "data.seq_len=32", "train.micro_batch=2", "run.device=cpu", "--steps", "2"),
+]
+
+
+def test_step_writes_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(tmp_path, *STEP, "train.tokens_per_step=128", "--warmup", "1")
+    (row,) = result["rows"]
+    assert (row["name"], row["steps"], row["tokens_per_step"]) == ("moetrain", 2, 128)
+    assert row["tokens_per_s"] == pytest.approx(128 / row["step_ms"] * 1e3)
+    assert result["data"] == "random tokens"
+    assert "random tokens" in capsys.readouterr().out
+
+
+def test_step_beside_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra moetrain[hf]")
+    result = run(tmp_path, *STEP, "--warmup", "1", "--peer", "transformers", "--peer-first")
+    assert [row["name"] for row in result["rows"]] == ["transformers", "moetrain"]
+    assert all(row["tokens_per_step"] == 64 for row in result["rows"])
+
+
+def test_step_refuses_a_peer_without_such_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="needs the extra moetrain[hf]")
+    assert main(["bench", *STEP, "model.shared_dim=16", "--peer", "transformers"]) == 2
+    assert "another architecture" in capsys.readouterr().err
+
+
+def test_parts_of_a_step() -> None:
+    assert part_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "attention"
+    assert part_of("up_projection_kernel") == "expert products"
+    assert part_of("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNT") == "dense products"
+    assert part_of("void at::native::vectorized_elementwise_kernel<4>") == "element-wise, reductions"
+    assert part_of("mystery") == "other"
+
+
+@pytest.mark.gpu
+def test_moe_layer_on_a_gpu(tmp_path: Path) -> None:
+    shapes = ["2048,256,128,16,4", "1000,272,48,7,2"]
+    arguments = ["moe-layer", "--shapes", *shapes, "--peers", "grouped_mm", "--rounds", "1", "--profile"]
+    result = run(tmp_path, *arguments)
+    assert all(row.get("status", "ok") == "ok" for row in result["rows"])
+    assert all(row["ratio"] > 0.5 for row in result["rows"] if "stage" in row)
