@@ -440,17 +440,17 @@ def _forward_flops(
     b_up_shape: Sequence[int] | None,
     b_down_shape: Sequence[int] | None,
     weights_shape: Sequence[int],
-    *_: Any,
-    **__: Any,
+    *settings: Any,
+    **outputs: Any,
 ) -> int:
     """Of both products of every pair, for torch's FLOP counter, which does not see into the operator."""
-    _, hidden, width = w_up_shape
+    hidden, width = w_up_shape[1:]
     return 2 * weights_shape[0] * width * (hidden + w_down_shape[2])
 
 
 @register_flop_formula(torch.ops.moetrain.expert_mlp_backward)
 def _backward_flops(
-    dy_shape: Sequence[int], x_shape: Sequence[int], h_shape: Sequence[int], *rest: Any, **_: Any
+    dy_shape: Sequence[int], x_shape: Sequence[int], h_shape: Sequence[int], *rest: Any, **outputs: Any
 ) -> int:
     """Twice the forward's: of the rows and of the weights."""
     return 2 * _forward_flops(x_shape, *rest)
