@@ -12,11 +12,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moetrain.kernels import hopper_gemm
+from moetrain.kernels import autotune, hopper_gemm
 from moetrain.kernels.activation import FUNCTION, Activation
 from moetrain.kernels.grouped_triton import sum_by_expert, sum_pairs
 from moetrain.kernels.routing import Routing
@@ -91,11 +92,12 @@ def gather_config(columns: int) -> GatherConfig:
     return GatherConfig(BLOCK_N=128, BLOCK_K=64, STAGES=6, CHUNK=32, BUFFERS=4)
 
 
-def contiguous_config(k: int) -> ContiguousConfig:
-    """For a reduction over k: a short one cannot hide the writing of its tile, a second consumer can."""
-    if k <= 640:
-        return ContiguousConfig(BLOCK_N=128, BLOCK_K=64, STAGES=5, CONSUMERS=2, STORE_N=64, BUFFERS=2, num_warps=4)
-    return ContiguousConfig(BLOCK_N=256, BLOCK_K=64, STAGES=4, CONSUMERS=1, STORE_N=128, BUFFERS=1, num_warps=8)
+def contiguous_configs(k: int) -> tuple[ContiguousConfig, ...]:
+    """For a reduction over k, the likely one first: a short one cannot hide the writing of its tile, a second
+    consumer can."""
+    alternating = ContiguousConfig(BLOCK_N=128, BLOCK_K=64, STAGES=5, CONSUMERS=2, STORE_N=64, BUFFERS=2, num_warps=4)
+    cooperative = ContiguousConfig(BLOCK_N=256, BLOCK_K=64, STAGES=4, CONSUMERS=1, STORE_N=128, BUFFERS=1, num_warps=8)
+    return (alternating, cooperative) if k <= 640 else (cooperative, alternating)
 
 
 def weight_gradient_config(gather_left: bool) -> WeightGradientConfig:
@@ -203,23 +205,27 @@ def down_weight_gradient(dy_TD: Tensor, weighted_a_NI: Tensor, routing: Routing)
 def _contiguous(rows_NK: Tensor, weight: Tensor, routing: Routing, *, transposed: bool) -> Tensor:
     """rows · weight, or rows · weightᵀ if `transposed`, of each row's expert."""
     k, columns = rows_NK.shape[1], weight.shape[1 if transposed else 2]
-    config = contiguous_config(k)
-    tiles = tile_schedule(routing, config.BLOCK_M)
+    tiles = tile_schedule(routing, ROWS_PER_TILE)
     out = rows_NK.new_empty(routing.num_pairs, columns)
-    weight_block = (config.BLOCK_N, config.BLOCK_K) if transposed else (config.BLOCK_K, config.BLOCK_N)
-    hopper_gemm.contiguous_kernel[_programs(rows_NK.device)](
-        _descriptor(rows_NK, (config.BLOCK_M, config.BLOCK_K)),
-        _descriptor(weight, (1, *weight_block)),
-        _ragged_descriptor(out, (config.BLOCK_M, config.STORE_N)),
-        *_pointers(tiles, routing),
-        K=k,
-        COLUMNS=columns,
-        **vars(config),
-        TRANSPOSED=transposed,
-        A_LAYOUT=_layout((config.BLOCK_M, config.BLOCK_K), rows_NK.dtype),
-        B_LAYOUT=_layout(weight_block, rows_NK.dtype),
-        BUFFER_LAYOUT=_layout((config.BLOCK_M, config.STORE_N), rows_NK.dtype),
-    )
+
+    def launch(config: ContiguousConfig) -> None:
+        weight_block = (config.BLOCK_N, config.BLOCK_K) if transposed else (config.BLOCK_K, config.BLOCK_N)
+        hopper_gemm.contiguous_kernel[_programs(rows_NK.device)](
+            _descriptor(rows_NK, (config.BLOCK_M, config.BLOCK_K)),
+            _descriptor(weight, (1, *weight_block)),
+            _ragged_descriptor(out, (config.BLOCK_M, config.STORE_N)),
+            *_pointers(tiles, routing),
+            K=k,
+            COLUMNS=columns,
+            **vars(config),
+            TRANSPOSED=transposed,
+            A_LAYOUT=_layout((config.BLOCK_M, config.BLOCK_K), rows_NK.dtype),
+            B_LAYOUT=_layout(weight_block, rows_NK.dtype),
+            BUFFER_LAYOUT=_layout((config.BLOCK_M, config.STORE_N), rows_NK.dtype),
+        )
+
+    key = (rows_NK.dtype, transposed, k, columns, routing.num_experts, triton.next_power_of_2(routing.num_pairs))
+    launch(autotune.choose("hopper contiguous", key, contiguous_configs(k), launch))
     return out
 
 

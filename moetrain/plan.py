@@ -93,7 +93,7 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
       QK-norm also the queries and keys before it;
     - feed-forward: its input and its normalised copy; 4F (gate, up, activated gate, product) of a dense network;
     - in its place in an MoE layer: 2I (gate and up) and 12 bytes (weight and positions) for each of its K experts; 3E
-      of the router and its copy of the row, in float32; 4S of a shared expert and D if it is gated;
+      of the router in float32; 4S of a shared expert and D if it is gated;
     - head: its input and its normalised copy; the logits, and in float32 their copy and log-probabilities, of at most
       8192 tokens at a time.
 
@@ -101,7 +101,7 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     theirs (selective), which is the normalised copy, or with ep > 1 the rows that arrived, at most min(K, ep) a token.
     The peak is at the loss, with the head's tensors, or later at the recomputation of the largest part.
 
-    Not counted: gradients of activations, buffers of collectives, workspaces, fragmentation.
+    Not counted: the row in float32 that router.jitter keeps, gradients of activations, buffers of collectives, workspaces, fragmentation.
     """
     model, ep, checkpointing = config.model, config.parallel.ep, config.train.activation_checkpointing
     tokens = config.micro_batch(dp) * config.data.seq_len
@@ -112,7 +112,7 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     experts = K * (2 * model.expert_dim * size + 12)
     arriving = min(K, ep) * D * size if ep > 1 else 0
     shared = (4 * model.shared_dim + (D if model.shared_gate else 0)) * size
-    router = 4 * 3 * model.num_experts + (4 * D if size < 4 else 0)
+    router = 4 * 3 * model.num_experts
     kept, recomputed = 0, 0
     for layer in range(model.n_layers):
         if model.is_moe_layer(layer):

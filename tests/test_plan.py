@@ -271,8 +271,7 @@ def test_micro_batch_and_dtype_scale_activations() -> None:
     double = replace(TINY, train=replace(TINY.train, micro_batch=2))
     assert activation_bytes(double) == 2 * activation_bytes(TINY)
     half = replace(TINY, train=replace(TINY.train, dtype="bfloat16"))
-    # The router's float32 and the pairs' int32 do not halve, and are a third of so small a layer.
-    assert 0.5 < activation_bytes(half) / activation_bytes(TINY) < 0.7
+    assert 0.5 < activation_bytes(half) / activation_bytes(TINY) < 0.65
 
 
 def test_world_that_does_not_fit() -> None:
