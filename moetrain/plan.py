@@ -101,7 +101,8 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     theirs (selective), which is the normalised copy, or with ep > 1 the rows that arrived, at most min(K, ep) a token.
     The peak is at the loss, with the head's tensors, or later at the recomputation of the largest part.
 
-    Not counted: the row in float32 that router.jitter keeps, gradients of activations, buffers of collectives, workspaces, fragmentation.
+    Not counted: the row in float32 that router.jitter keeps, gradients of activations, buffers of collectives,
+    workspaces, fragmentation.
     """
     model, ep, checkpointing = config.model, config.parallel.ep, config.train.activation_checkpointing
     tokens = config.micro_batch(dp) * config.data.seq_len
