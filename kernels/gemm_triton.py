@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import to_ragged_indices
 
 from moetrain.kernels.activation import function_and_derivative
+from moetrain.kernels.tile_schedule import work_item
 
 
 @triton.jit
@@ -27,8 +28,8 @@ def up_projection_kernel(
     token_ids,
     expert_offsets,
     tile_experts,
-    tile_rows,
-    num_tiles,
+    expert_tiles,
+    num_experts,
     depth,
     width,
     FUNCTION: tl.constexpr,
@@ -38,6 +39,7 @@ def up_projection_kernel(
     EVEN_N: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,14 +49,17 @@ def up_projection_kernel(
     A gated tile computes gate and up of the same BLOCK_N / 2 columns in one product.
     """
     BLOCK_I: tl.constexpr = BLOCK_N // PARTS
-    column_blocks = tl.cdiv(width, BLOCK_I)
-    num_programs = tl.num_programs(0)
-    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * column_blocks, num_programs, flatten=FLATTEN):
-        expert, first, end = _row_tile(tile // column_blocks, tile_experts, tile_rows, expert_offsets, BLOCK_M)
-        column = tile % column_blocks * BLOCK_I
-        token_M = tl.load(token_ids + _rows_within(first, end, BLOCK_M))
+    column_tiles = tl.cdiv(width, BLOCK_I)
+    num_items = tl.load(expert_tiles + num_experts) * column_tiles
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=FLATTEN):
+        expert, first, end, column_tile = work_item(
+            item, num_items, expert_offsets, tile_experts, expert_tiles, column_tiles, BLOCK_M, GROUP
+        )
+        column = column_tile * BLOCK_I
+        row_M = first + tl.arange(0, BLOCK_M)
+        token_M = tl.load(token_ids + row_M, mask=row_M < end, other=0)
         h_MN = _product(
-            x, token_M, first, depth, False,
+            x, token_M, row_M < end, first, depth, False,
             weight, expert, column, width, PARTS, False,
             PRECISION, EVEN_K, EVEN_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -83,8 +88,8 @@ def linear_kernel(
     out,
     expert_offsets,
     tile_experts,
-    tile_rows,
-    num_tiles,
+    expert_tiles,
+    num_experts,
     depth,
     width,
     TRANSPOSED: tl.constexpr,
@@ -93,18 +98,22 @@ def linear_kernel(
     EVEN_N: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out = rows · weight[e]ᵀ + bias[e], or rows · weight[e] where TRANSPOSED. `bias` may be None."""
-    column_blocks = tl.cdiv(width, BLOCK_N)
-    num_programs = tl.num_programs(0)
-    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * column_blocks, num_programs, flatten=FLATTEN):
-        expert, first, end = _row_tile(tile // column_blocks, tile_experts, tile_rows, expert_offsets, BLOCK_M)
-        column = tile % column_blocks * BLOCK_N
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    num_items = tl.load(expert_tiles + num_experts) * column_tiles
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=FLATTEN):
+        expert, first, end, column_tile = work_item(
+            item, num_items, expert_offsets, tile_experts, expert_tiles, column_tiles, BLOCK_M, GROUP
+        )
+        column = column_tile * BLOCK_N
+        row_M = first + tl.arange(0, BLOCK_M)
         out_MN = _product(
-            rows, _rows_within(first, end, BLOCK_M), first, depth, TMA,
+            rows, row_M, row_M < end, first, depth, TMA,
             weight, expert, column, width, 1, TRANSPOSED,
             PRECISION, EVEN_K, EVEN_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -128,8 +137,8 @@ def hidden_gradient_kernel(
     token_ids,
     expert_offsets,
     tile_experts,
-    tile_rows,
-    num_tiles,
+    expert_tiles,
+    num_experts,
     num_rows,
     depth,
     width,
@@ -140,6 +149,7 @@ def hidden_gradient_kernel(
     EVEN_N: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,27 +157,28 @@ def hidden_gradient_kernel(
 ):
     """da = dy[token] · weight[e], and from it and h: dh, weight · a and the gradient of the weight.
 
-    `dweights` is [column blocks, num_rows]: every block of columns writes what its columns add, for a sum in a fixed
+    `dweights` is [column tiles, num_rows]: every tile of columns writes what its columns add, for a sum in a fixed
     order.
     """
-    column_blocks = tl.cdiv(width, BLOCK_N)
-    num_programs = tl.num_programs(0)
-    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * column_blocks, num_programs, flatten=FLATTEN):
-        expert, first, end = _row_tile(tile // column_blocks, tile_experts, tile_rows, expert_offsets, BLOCK_M)
-        column_block = tile % column_blocks
-        row_M = _rows_within(first, end, BLOCK_M)
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    num_items = tl.load(expert_tiles + num_experts) * column_tiles
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=FLATTEN):
+        expert, first, end, column_tile = work_item(
+            item, num_items, expert_offsets, tile_experts, expert_tiles, column_tiles, BLOCK_M, GROUP
+        )
+        row_M = first + tl.arange(0, BLOCK_M)
+        exists_M = row_M < end
         da_MN = _product(
-            dy, tl.load(token_ids + row_M), first, depth, False,
-            weight, expert, column_block * BLOCK_N, width, 1, True,
+            dy, tl.load(token_ids + row_M, mask=exists_M, other=0), exists_M, first, depth, False,
+            weight, expert, column_tile * BLOCK_N, width, 1, True,
             PRECISION, EVEN_K, EVEN_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        weight_M = tl.load(weights + row_M).to(tl.float32)
+        weight_M = tl.load(weights + row_M, mask=exists_M, other=0.0).to(tl.float32)
         dweight_M = _hidden_gradient_columns(
-            da_MN, weight_M, h, dh, weighted_a, first, end, column_block * BLOCK_N, width,
+            da_MN, weight_M, h, dh, weighted_a, first, end, column_tile * BLOCK_N, width,
             FUNCTION, PARTS, EVEN_N, TMA, CHUNKS,
         )  # fmt: skip
-        row_M = first + tl.arange(0, BLOCK_M)
-        tl.store(dweights + column_block.to(tl.int64) * num_rows + row_M, dweight_M, mask=row_M < end)
+        tl.store(dweights + column_tile.to(tl.int64) * num_rows + row_M, dweight_M, mask=exists_M)
 
 
 @triton.jit
@@ -229,23 +240,10 @@ def weight_gradient_kernel(
 
 
 @triton.jit
-def _row_tile(row_tile, tile_experts, tile_rows, expert_offsets, BLOCK_M: tl.constexpr):
-    """Expert, first row and end of a tile of a TileSchedule."""
-    expert = tl.load(tile_experts + row_tile)
-    first = tl.load(tile_rows + row_tile)
-    return expert, first, tl.minimum(first + BLOCK_M, tl.load(expert_offsets + expert + 1))
-
-
-@triton.jit
-def _rows_within(first, end, BLOCK_M: tl.constexpr):
-    """Rows of a tile, the last one repeated: no row of a product depends on another, so none needs a mask."""
-    return tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)
-
-
-@triton.jit
 def _product(
     rows,
     row_M,
+    exists_M,
     first,
     depth,
     ROWS_TMA: tl.constexpr,
@@ -265,17 +263,17 @@ def _product(
 ):
     """rows[row_M] · weight[expert]ᵀ at the columns from `column` on, those of the two halves beside each other.
 
+    Only rows that exist are read: any one row in place of the others would be asked for by all multiprocessors at once.
     Where ROWS_TMA the rows are those from `first` on, through a descriptor that is not ragged: what is read of the next
     expert's rows is not written.
     """
-    all_M = tl.full((BLOCK_M,), True, tl.int1)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
         if ROWS_TMA:
             rows_MK = rows.load([first, k])
         else:
             k_K = k + tl.arange(0, BLOCK_K)
-            rows_MK = _load_block(rows, depth, row_M, all_M, k_K, _below(k_K, depth, EVEN_K))
+            rows_MK = _load_block(rows, depth, row_M, exists_M, k_K, _below(k_K, depth, EVEN_K))
         weight_KN = _load_weight(
             weight, expert, k, depth, column, width, PARTS, TRANSPOSED, EVEN_K, EVEN_N, TMA, BLOCK_K, BLOCK_N
         )
@@ -427,12 +425,11 @@ def _load_hidden(
             gate_RC = h_RPC.reshape(BLOCK_R, BLOCK_C)
             up_RC = gate_RC
     else:
-        row_R = _rows_within(first, end, BLOCK_R)
-        all_R = tl.full((BLOCK_R,), True, tl.int1)
+        row_R = first + tl.arange(0, BLOCK_R)
         column_C = column + tl.arange(0, BLOCK_C)
         exists_C = _below(column_C, width, EVEN)
-        gate_RC = _load_block(h, PARTS * width, row_R, all_R, column_C, exists_C)
-        up_RC = _load_block(h + (PARTS - 1) * width, PARTS * width, row_R, all_R, column_C, exists_C)
+        gate_RC = _load_block(h, PARTS * width, row_R, row_R < end, column_C, exists_C)
+        up_RC = _load_block(h + (PARTS - 1) * width, PARTS * width, row_R, row_R < end, column_C, exists_C)
     return gate_RC.to(tl.float32), up_RC.to(tl.float32)
 
 

@@ -40,18 +40,20 @@ ROWS_PER_TILE = 128
 
 @dataclass(frozen=True)
 class GatherConfig:
-    """Tiles of a GEMM over gathered rows, whose epilogue works on CHUNK columns and writes through BUFFERS of them.
+    """Tiles of a GEMM over gathered rows, whose epilogue works on CHUNK columns.
 
-    A chunk of gate and up, 2 · BLOCK_M · CHUNK, fits into the slot of a weight tile, BLOCK_N · BLOCK_K.
+    GROUP row tiles of an expert take turns before the next column (:func:`tile_schedule.work_item`). What a chunk
+    reads or writes, three blocks of BLOCK_M · CHUNK, passes through a slot of the ring: two in the place of a weight
+    tile, BLOCK_N · BLOCK_K, one in that of the rows, BLOCK_M · BLOCK_K.
     """
 
     BLOCK_N: int
     BLOCK_K: int
     STAGES: int
-    CHUNK: int = 64
-    BUFFERS: int = 2
+    CHUNK: int
+    GROUP: int = 4
     LOADER_WARPS: int = 4
-    LOADER_REGISTERS: int = 56
+    LOADER_REGISTERS: int = 64
     BLOCK_M: int = ROWS_PER_TILE
     num_warps: int = 8
 
@@ -70,6 +72,7 @@ class ContiguousConfig:
     CONSUMER_REGISTERS: int = 232
     LOADER_REGISTERS: int = 24
     BLOCK_M: int = ROWS_PER_TILE
+    GROUP: int = 4
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class WeightGradientConfig:
 def gather_config(columns: int) -> GatherConfig:
     """For a GEMM with so many output columns."""
     if columns > 128:
-        return GatherConfig(BLOCK_N=256, BLOCK_K=64, STAGES=4)
-    return GatherConfig(BLOCK_N=128, BLOCK_K=64, STAGES=6, CHUNK=32, BUFFERS=4)
+        return GatherConfig(BLOCK_N=256, BLOCK_K=64, STAGES=4, CHUNK=64)
+    return GatherConfig(BLOCK_N=128, BLOCK_K=64, STAGES=6, CHUNK=32)
 
 
 def contiguous_configs(k: int) -> tuple[ContiguousConfig, ...]:
@@ -131,7 +134,7 @@ def up_projection(
         None if h_NH is None else _ragged_descriptor(h_NH.view(-1, 2, inner), (config.BLOCK_M, 1, config.CHUNK)),
         _ragged_descriptor(a_NI, (config.BLOCK_M, config.CHUNK)),
         routing.token_ids_N,
-        *_pointers(tiles, routing),
+        *_work(tiles, routing),
         D=width,
         INNER=inner,
         **vars(config),
@@ -139,7 +142,7 @@ def up_projection(
         KEEP_HIDDEN=keep_hidden,
         A_LAYOUT=_layout((config.BLOCK_M, config.BLOCK_K), x_TD.dtype),
         B_LAYOUT=_layout((config.BLOCK_N, config.BLOCK_K), x_TD.dtype),
-        BUFFER_LAYOUT=_layout((config.BLOCK_M, config.CHUNK), x_TD.dtype),
+        BUFFER=_layout((config.BLOCK_M, config.CHUNK), x_TD.dtype),
     )
     return h_NH, a_NI
 
@@ -167,16 +170,16 @@ def hidden_gradient(
         _ragged_descriptor(dh_NH.view(-1, 2, inner), (config.BLOCK_M, 1, config.CHUNK)),
         _ragged_descriptor(weighted_a_NI, (config.BLOCK_M, config.CHUNK)),
         dweights_CN,
-        routing.token_ids_N,
-        *_pointers(tiles, routing),
         routing.num_pairs,
+        routing.token_ids_N,
+        *_work(tiles, routing),
         D=width,
         INNER=inner,
         **vars(config),
         FUNCTION=FUNCTION[activation],
         A_LAYOUT=_layout((config.BLOCK_M, config.BLOCK_K), dy_TD.dtype),
         B_LAYOUT=_layout((config.BLOCK_K, config.BLOCK_N), dy_TD.dtype),
-        BUFFER_LAYOUT=_layout((config.BLOCK_M, config.CHUNK), dy_TD.dtype),
+        BUFFER=_layout((config.BLOCK_M, config.CHUNK), dy_TD.dtype),
     )
     return dh_NH, weighted_a_NI, dweights_CN[0] if column_tiles == 1 else dweights_CN.sum(0)
 
@@ -214,7 +217,7 @@ def _contiguous(rows_NK: Tensor, weight: Tensor, routing: Routing, *, transposed
             _descriptor(rows_NK, (config.BLOCK_M, config.BLOCK_K)),
             _descriptor(weight, (1, *weight_block)),
             _ragged_descriptor(out, (config.BLOCK_M, config.STORE_N)),
-            *_pointers(tiles, routing),
+            *_work(tiles, routing),
             K=k,
             COLUMNS=columns,
             **vars(config),
@@ -253,8 +256,8 @@ def _weight_gradient(gathered_TX: Tensor, contiguous_NX: Tensor, routing: Routin
     return out
 
 
-def _pointers(tiles: TileSchedule, routing: Routing) -> tuple[Tensor, ...]:
-    return tiles.tile_experts_M, tiles.tile_rows_M, tiles.num_tiles, routing.expert_offsets
+def _work(tiles: TileSchedule, routing: Routing) -> tuple[Tensor | int, ...]:
+    return routing.expert_offsets, tiles.tile_experts_M, tiles.expert_tiles, routing.num_experts
 
 
 @functools.cache

@@ -61,6 +61,8 @@ class GemmConfig:
     """Programs of a persistent grid; 0 for one program a tile, which balances tiles of uneven work."""
     FLATTEN: bool = False
     """Pipeline across the tiles of a persistent program."""
+    GROUP: int = 4
+    """Row tiles of an expert that take turns before the next column: :func:`tile_schedule.work_item`."""
     chunk_columns: int = 32
     """Columns that the epilogue of the hidden gradient finishes at once."""
 
@@ -283,11 +285,12 @@ def _launch_row_tiles(
         *operands,
         routing.expert_offsets,
         schedule.tile_experts_M,
-        schedule.tile_rows_M,
-        schedule.num_tiles,
+        schedule.expert_tiles,
+        routing.num_experts,
         *scalars,
         **constants,
         FLATTEN=config.FLATTEN,
+        GROUP=config.GROUP,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moetrain.kernels import activation as _activation
+from moetrain.kernels import tile_schedule as _tile_schedule
 
 # These names changed after triton 3.6.
 aggregate = gluon.aggregate if hasattr(gluon, "aggregate") else tl.core._aggregate
@@ -30,6 +31,7 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 _function_and_derivative = gluon.jit(_activation.function_and_derivative.fn)
+_work_item = gluon.jit(_tile_schedule.work_item.fn)
 
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
@@ -61,25 +63,44 @@ def function_and_derivative(x, FUNCTION: gl.constexpr):
 
 
 @aggregate
-class Tiles:
-    """The row tiles of all experts (:mod:`moetrain.kernels.tile_schedule`)."""
+class Work:
+    """This program's work items, a row tile and a column tile each (:mod:`moetrain.kernels.tile_schedule`)."""
 
-    experts: gl.tensor
-    rows: gl.tensor
     offsets: gl.tensor
+    tile_experts: gl.tensor
+    expert_tiles: gl.tensor
+    num_items: gl.tensor
+    COLUMN_TILES: gl.constexpr
+    BLOCK_M: gl.constexpr
+    GROUP: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, experts, rows, offsets):
-        self.experts = experts
-        self.rows = rows
+    def __init__(self, offsets, tile_experts, expert_tiles, num_items, COLUMN_TILES, BLOCK_M, GROUP):
         self.offsets = offsets
+        self.tile_experts = tile_experts
+        self.expert_tiles = expert_tiles
+        self.num_items = num_items
+        self.COLUMN_TILES = gl.constexpr(COLUMN_TILES)
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
+        self.GROUP = gl.constexpr(GROUP)
 
     @gluon.jit
-    def at(self, index, NUM_COLUMNS: gl.constexpr):
-        """Expert, first row, end of the expert's rows and column tile of the work item `index`, columns fastest."""
-        row_tile = index // NUM_COLUMNS
-        expert = gl.load(self.experts + row_tile)
-        return expert, gl.load(self.rows + row_tile), gl.load(self.offsets + expert + 1), index % NUM_COLUMNS
+    def item(self, index):
+        """Expert, first row, end of the expert's rows and column tile."""
+        return _work_item(
+            index, self.num_items, self.offsets, self.tile_experts, self.expert_tiles, self.COLUMN_TILES, self.BLOCK_M,
+            self.GROUP,
+        )  # fmt: skip
+
+
+@gluon.jit
+def make_work(
+    offsets, tile_experts, expert_tiles, num_experts, COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, GROUP: gl.constexpr
+):  # fmt: skip
+    COLUMN_TILES: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    num_items = gl.load(expert_tiles + num_experts) * COLUMN_TILES
+    return Work(offsets, tile_experts, expert_tiles, num_items, COLUMN_TILES, BLOCK_M, GROUP)
 
 
 @aggregate
@@ -138,12 +159,12 @@ def make_ring(
 
 
 @gluon.jit
-def reshaped(buffer, like, SHAPE: gl.constexpr):
-    """The same shared memory in another shape, and in the layout of `like`."""
+def reshaped(buffer, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory in another shape and layout."""
     if HAS_REINTERPRET:
-        view = buffer.reinterpret(buffer.dtype, SHAPE, like.layout)
+        view = buffer.reinterpret(buffer.dtype, SHAPE, LAYOUT)
     else:
-        view = buffer._reinterpret(buffer.dtype, SHAPE, like.layout)
+        view = buffer._reinterpret(buffer.dtype, SHAPE, LAYOUT)
     return view
 
 
@@ -155,6 +176,15 @@ def shaped_as(buffer, descriptor):
     else:
         view = buffer._reinterpret(buffer.dtype, descriptor.block_type.shape, descriptor.layout)
     return view
+
+
+@gluon.jit
+def staging(ring, slot, CHUNK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Three blocks of BLOCK_M × CHUNK in a slot of the ring: two in the place of the weights, one in the rows'."""
+    BLOCK_M: gl.constexpr = ring.a.shape[1]
+    two = reshaped(ring.b.index(slot), (2, BLOCK_M, CHUNK), LAYOUT)
+    one = reshaped(ring.a.index(slot), (ring.a.shape[2] // CHUNK, BLOCK_M, CHUNK), LAYOUT)
+    return two.index(0), two.index(1), one.index(0)
 
 
 @gluon.jit
@@ -193,21 +223,25 @@ def send(x, buffers, count, descriptor, coordinates):
 
 @gluon.jit
 def load_gathered(
-    x, token_ids, weight, h, tiles, num_items, ring, K: gl.constexpr, NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CHUNK: gl.constexpr, UP: gl.constexpr, WARPS: gl.constexpr
+    x, token_ids, weight, h, work, ring, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    CHUNK: gl.constexpr, BUFFER: gl.constexpr, UP: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Rows x[token] by asynchronous copies, weights by TMA: [E, 2, I, D] for the up projection, else [E, D, I].
 
-    For the hidden gradient, chunks of gate and up follow a tile's k-steps through the same slots, for its epilogue.
+    A tile's k-steps are followed by a slot for each chunk of its epilogue: it is written through there, and for the
+    hidden gradient brings gate and up.
     """
+    BLOCK_M: gl.constexpr = work.BLOCK_M
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     SIZE: gl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
     step = gl.to_tensor(0)
     columns = gl.arange(0, BLOCK_K, gl.SliceLayout(0, ROWS))
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        expert, first, end, column = tiles.at(item, NUM_COLUMNS)
+    expert, first, end, column = work.item(gl.program_id(0))
+    for item in range(gl.program_id(0), work.num_items, gl.num_programs(0)):
+        next_expert, next_first, next_end, next_column = work.item(item + gl.num_programs(0))
         rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS))
-        # Rows past the end read token 0: their results are never written.
+        # Rows past the end are not read: any one row in their place would be asked for by all multiprocessors at once.
+        exists = (rows < end)[:, None]
         tokens = gl.load(token_ids + rows, mask=rows < end, other=0)
         pointers = x + (tokens.to(gl.int64) * K)[:, None] + columns[None, :]
         for k in range(0, K, BLOCK_K):
@@ -219,33 +253,42 @@ def load_gathered(
             else:
                 tma_load(weight, [expert, k, column * BLOCK_N], full, b)
             if K % BLOCK_K == 0:
-                gather_to_shared(ring.a.index(slot), pointers + k)
+                gather_to_shared(ring.a.index(slot), pointers + k, mask=exists)
             else:
-                gather_to_shared(ring.a.index(slot), pointers + k, mask=(columns < K - k)[None, :])
+                gather_to_shared(ring.a.index(slot), pointers + k, mask=exists & (columns < K - k)[None, :])
             async_copy.mbarrier_arrive(full, increment_count=False)
             step += 1
-        if not UP:
-            for c in gl.static_range(BLOCK_N // CHUNK):
-                slot, full = ring.acquire(step)
+        for c in gl.static_range(BLOCK_N // (2 * CHUNK) if UP else BLOCK_N // CHUNK):
+            slot, full = ring.acquire(step)
+            if UP:
+                mbarrier.expect(full, 0)
+            else:
                 mbarrier.expect(full, 2 * BLOCK_M * CHUNK * SIZE)
-                for half in gl.static_range(2):
-                    part = reshaped(ring.b.index(slot), h, (2, BLOCK_M, 1, CHUNK)).index(half)
-                    tma_load(h, [first, half, column * BLOCK_N + c * CHUNK], full, part)
-                async_copy.mbarrier_arrive(full, increment_count=False)
-                step += 1
+                gate, up, _ = staging(ring, slot, CHUNK, BUFFER)
+                tma_load(h, [first, 0, column * BLOCK_N + c * CHUNK], full, shaped_as(gate, h))
+                tma_load(h, [first, 1, column * BLOCK_N + c * CHUNK], full, shaped_as(up, h))
+            async_copy.mbarrier_arrive(full, increment_count=False)
+            step += 1
+        expert, first, end, column = next_expert, next_first, next_end, next_column
 
 
 @gluon.jit
-def multiply_steps(ring, step, acc, STEPS: gl.constexpr, TRANSPOSED_B: gl.constexpr):
-    """STEPS k-steps of acc += A · B (B [N, K] if TRANSPOSED_B), one product in flight; all slots are free after."""
-    for k in range(STEPS):
-        slot = ring.wait_full(step)
-        b = ring.b.index(slot)
-        if TRANSPOSED_B:
-            b = b.permute((1, 0))
-        acc = warpgroup_mma(ring.a.index(slot), b, acc, is_async=True)
+def multiply_steps(ring, step, acc, STEPS: gl.constexpr, TRANSPOSED_B: gl.constexpr, STAGED: gl.constexpr):
+    """STEPS k-steps of acc += A · B (B [N, K] if TRANSPOSED_B), one product in flight; all slots are free after.
+
+    If STAGED, the slot before is the last that the tile before was written through.
+    """
+    acc = multiply(ring, step, acc, TRANSPOSED_B)
+    if STAGED:
+        tma.store_wait(0)
+        partition_barrier()
+        ring.release_before(step, step > 0)
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    step += 1
+    for _ in range(1, STEPS):
+        acc = multiply(ring, step, acc, TRANSPOSED_B)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        ring.release_before(step, k > 0)
+        ring.release_before(step, True)
         step += 1
     acc = warpgroup_mma_wait(0, deps=[acc])
     ring.release_before(step, True)
@@ -253,79 +296,102 @@ def multiply_steps(ring, step, acc, STEPS: gl.constexpr, TRANSPOSED_B: gl.conste
 
 
 @gluon.jit
+def multiply(ring, step, acc, TRANSPOSED_B: gl.constexpr):
+    slot = ring.wait_full(step)
+    b = ring.b.index(slot)
+    if TRANSPOSED_B:
+        b = b.permute((1, 0))
+    return warpgroup_mma(ring.a.index(slot), b, acc, is_async=True)
+
+
+@gluon.jit
 def up_epilogue(
-    gate, up, h, a, buffers, count, first, end, column, CHUNK: gl.constexpr, FUNCTION: gl.constexpr,
-    KEEP_HIDDEN: gl.constexpr, WARPS: gl.constexpr
+    gate, up, h, a, ring, step, first, end, column, CHUNK: gl.constexpr, BUFFER: gl.constexpr, FUNCTION: gl.constexpr,
+    KEEP_HIDDEN: gl.constexpr, CONTINUED: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Write gate, up and f(gate) ⊙ up, CHUNK columns at a time."""
     if gate.shape[1] > CHUNK:
         HALF: gl.constexpr = gate.shape[1] // 2
         left_gate, right_gate = halves(gate)
         left_up, right_up = halves(up)
-        count = up_epilogue(
-            left_gate, left_up, h, a, buffers, count, first, end, column, CHUNK, FUNCTION, KEEP_HIDDEN, WARPS
-        )
-        count = up_epilogue(
-            right_gate, right_up, h, a, buffers, count, first, end, column + HALF, CHUNK, FUNCTION, KEEP_HIDDEN, WARPS
-        )
+        step = up_epilogue(
+            left_gate, left_up, h, a, ring, step, first, end, column, CHUNK, BUFFER, FUNCTION, KEEP_HIDDEN, CONTINUED,
+            WARPS
+        )  # fmt: skip
+        step = up_epilogue(
+            right_gate, right_up, h, a, ring, step, first, end, column + HALF, CHUNK, BUFFER, FUNCTION, KEEP_HIDDEN,
+            True, WARPS
+        )  # fmt: skip
     else:
         LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
         gate, up = gl.convert_layout(gate, LAYOUT), gl.convert_layout(up, LAYOUT)
-        wrap, row, below = ragged(first, end)
-        if KEEP_HIDDEN:
-            count = send(gate, buffers, count, h, [wrap, row, below, 0, column])
-            count = send(up, buffers, count, h, [wrap, row, below, 1, column])
         value, _ = function_and_derivative(gate, FUNCTION)
-        count = send(value * up, buffers, count, a, [wrap, row, below, column])
-    return count
+        gate_buffer, up_buffer, a_buffer = staging(ring, ring.wait_full(step), CHUNK, BUFFER)
+        a_buffer.store((value * up).to(a_buffer.dtype))
+        if KEEP_HIDDEN:
+            gate_buffer.store(gate.to(a_buffer.dtype))
+            up_buffer.store(up.to(a_buffer.dtype))
+        finish_writing(ring, step, CONTINUED)
+        wrap, row, below = ragged(first, end)
+        tma_store(a, [wrap, row, below, column], shaped_as(a_buffer, a))
+        if KEEP_HIDDEN:
+            tma_store(h, [wrap, row, below, 0, column], shaped_as(gate_buffer, h))
+            tma_store(h, [wrap, row, below, 1, column], shaped_as(up_buffer, h))
+        step += 1
+    return step
+
+
+@gluon.jit
+def finish_writing(ring, step, CONTINUED: gl.constexpr):
+    """Let TMA see what was written to the slot of `step`; if CONTINUED, free the slot before, which it has read."""
+    tma.store_wait(0)
+    fence_async_shared()
+    partition_barrier()
+    if CONTINUED:
+        ring.release_before(step, True)
 
 
 @gluon.jit
 def up_consumer(
-    h, a, tiles, num_items, ring, buffers, K: gl.constexpr, NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CHUNK: gl.constexpr, FUNCTION: gl.constexpr,
-    KEEP_HIDDEN: gl.constexpr, WARPS: gl.constexpr
+    h, a, work, ring, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CHUNK: gl.constexpr,
+    BUFFER: gl.constexpr, FUNCTION: gl.constexpr, KEEP_HIDDEN: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    step, count = gl.to_tensor(0), gl.to_tensor(0)
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        _, first, end, column = tiles.at(item, NUM_COLUMNS)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
-        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, True)
+    step = gl.to_tensor(0)
+    for item in range(gl.program_id(0), work.num_items, gl.num_programs(0)):
+        _, first, end, column = work.item(item)
+        acc = gl.zeros([work.BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, True, True)
         gate, up = halves(acc)
-        count = up_epilogue(
-            gate, up, h, a, buffers, count, first, end, column * (BLOCK_N // 2), CHUNK, FUNCTION, KEEP_HIDDEN, WARPS
-        )
+        step = up_epilogue(
+            gate, up, h, a, ring, step, first, end, column * (BLOCK_N // 2), CHUNK, BUFFER, FUNCTION, KEEP_HIDDEN,
+            False, WARPS
+        )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def up_projection_kernel(
-    x, weight, h, a, token_ids, tile_experts, tile_rows, num_tiles, expert_offsets,
-    D: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, LOADER_WARPS: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr, FUNCTION: gl.constexpr, KEEP_HIDDEN: gl.constexpr, A_LAYOUT: gl.constexpr,
-    B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+    x, weight, h, a, token_ids, expert_offsets, tile_experts, expert_tiles, num_experts, D: gl.constexpr,
+    INNER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, CHUNK: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    FUNCTION: gl.constexpr, KEEP_HIDDEN: gl.constexpr, A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr,
+    BUFFER: gl.constexpr, num_warps: gl.constexpr
 ):  # fmt: skip
     """h[n] = W_gate_up,e x[token of n] and a = f(gate) ⊙ up. A column tile is BLOCK_N / 2 gates and their ups."""
-    NUM_COLUMNS: gl.constexpr = (2 * INNER + BLOCK_N - 1) // BLOCK_N
-    tiles = Tiles(tile_experts, tile_rows, expert_offsets)
-    num_items = gl.load(num_tiles) * NUM_COLUMNS
+    work = make_work(expert_offsets, tile_experts, expert_tiles, num_experts, 2 * INNER, BLOCK_M, BLOCK_N, GROUP)
     DTYPE: gl.constexpr = x.dtype.element_ty
     # A full slot is announced by the TMA and by every thread of the gather.
     ring = make_ring(DTYPE, (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K), A_LAYOUT, B_LAYOUT, STAGES, 1 + 32 * LOADER_WARPS)
-    buffers = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_M, CHUNK], BUFFER_LAYOUT)
     gl.warp_specialize(
         [
             (
                 up_consumer,
-                (h, a, tiles, num_items, ring, buffers, D, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, FUNCTION,
-                 KEEP_HIDDEN, num_warps),
+                (h, a, work, ring, D, BLOCK_N, BLOCK_K, CHUNK, BUFFER, FUNCTION, KEEP_HIDDEN, num_warps),
             ),
             (
                 load_gathered,
-                (x, token_ids, weight, h, tiles, num_items, ring, D, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK,
-                 True, LOADER_WARPS),
+                (x, token_ids, weight, h, work, ring, D, BLOCK_N, BLOCK_K, CHUNK, BUFFER, True, LOADER_WARPS),
             ),
         ],
         [LOADER_WARPS],
@@ -335,61 +401,61 @@ def up_projection_kernel(
 
 @gluon.jit
 def hidden_epilogue(
-    da, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column, CHUNK: gl.constexpr,
-    FUNCTION: gl.constexpr, WARPS: gl.constexpr
+    da, weight_M, dweight_M, dh, weighted_a, ring, step, first, end, column, CHUNK: gl.constexpr, BUFFER: gl.constexpr,
+    FUNCTION: gl.constexpr, CONTINUED: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """From dA′ = dy W_down and the chunks of h that follow in the ring: dh and w a written, ⟨dA′, a⟩ added up."""
     if da.shape[1] > CHUNK:
         HALF: gl.constexpr = da.shape[1] // 2
         left, right = halves(da)
-        dweight_M, step, count = hidden_epilogue(
-            left, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column, CHUNK, FUNCTION,
-            WARPS
+        dweight_M, step = hidden_epilogue(
+            left, weight_M, dweight_M, dh, weighted_a, ring, step, first, end, column, CHUNK, BUFFER, FUNCTION,
+            CONTINUED, WARPS
         )  # fmt: skip
-        dweight_M, step, count = hidden_epilogue(
-            right, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column + HALF, CHUNK,
-            FUNCTION, WARPS
+        dweight_M, step = hidden_epilogue(
+            right, weight_M, dweight_M, dh, weighted_a, ring, step, first, end, column + HALF, CHUNK, BUFFER, FUNCTION,
+            True, WARPS
         )  # fmt: skip
     else:
         LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
-        slot = ring.wait_full(step)
-        hidden = reshaped(ring.b.index(slot), buffers, (2, da.shape[0], CHUNK))
-        gate, up = hidden.index(0).load(LAYOUT).to(gl.float32), hidden.index(1).load(LAYOUT).to(gl.float32)
-        # The slot was read through the generic proxy and is written next by TMA.
-        fence_async_shared()
-        step += 1
-        ring.release_before(step, True)
+        gate_buffer, up_buffer, a_buffer = staging(ring, ring.wait_full(step), CHUNK, BUFFER)
+        gate, up = gate_buffer.load(LAYOUT).to(gl.float32), up_buffer.load(LAYOUT).to(gl.float32)
+        partition_barrier()
         da = gl.convert_layout(da, LAYOUT)
         value, derivative = function_and_derivative(gate, FUNCTION)
         a = value * up
         dweight_M += gl.sum(da * a, 1)
-        wrap, row, below = ragged(first, end)
-        count = send(a * weight_M[:, None], buffers, count, weighted_a, [wrap, row, below, column])
+        a_buffer.store((a * weight_M[:, None]).to(a_buffer.dtype))
         da = da * weight_M[:, None]
-        count = send(da * up * derivative, buffers, count, dh, [wrap, row, below, 0, column])
-        count = send(da * value, buffers, count, dh, [wrap, row, below, 1, column])
-    return dweight_M, step, count
+        gate_buffer.store((da * up * derivative).to(a_buffer.dtype))
+        up_buffer.store((da * value).to(a_buffer.dtype))
+        finish_writing(ring, step, CONTINUED)
+        wrap, row, below = ragged(first, end)
+        tma_store(weighted_a, [wrap, row, below, column], shaped_as(a_buffer, weighted_a))
+        tma_store(dh, [wrap, row, below, 0, column], shaped_as(gate_buffer, dh))
+        tma_store(dh, [wrap, row, below, 1, column], shaped_as(up_buffer, dh))
+        step += 1
+    return dweight_M, step
 
 
 @gluon.jit
 def hidden_gradient_consumer(
-    weights, dh, weighted_a, dweights, num_pairs, tiles, num_items, ring, buffers, K: gl.constexpr,
-    NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    CHUNK: gl.constexpr, FUNCTION: gl.constexpr, WARPS: gl.constexpr
+    weights, dh, weighted_a, dweights, num_pairs, work, ring, K: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, CHUNK: gl.constexpr, BUFFER: gl.constexpr, FUNCTION: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
-    step, count = gl.to_tensor(0), gl.to_tensor(0)
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        _, first, end, column = tiles.at(item, NUM_COLUMNS)
-        rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    step = gl.to_tensor(0)
+    for item in range(gl.program_id(0), work.num_items, gl.num_programs(0)):
+        _, first, end, column = work.item(item)
+        rows = first + gl.arange(0, work.BLOCK_M, gl.SliceLayout(1, LAYOUT))
         weight_M = gl.load(weights + rows, mask=rows < end, other=0.0).to(gl.float32)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
-        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, False)
-        dweight_M = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, LAYOUT))
-        dweight_M, step, count = hidden_epilogue(
-            acc, weight_M, dweight_M, dh, weighted_a, ring, step, buffers, count, first, end, column * BLOCK_N, CHUNK,
-            FUNCTION, WARPS
+        acc = gl.zeros([work.BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, False, True)
+        dweight_M = gl.zeros([work.BLOCK_M], gl.float32, gl.SliceLayout(1, LAYOUT))
+        dweight_M, step = hidden_epilogue(
+            acc, weight_M, dweight_M, dh, weighted_a, ring, step, first, end, column * BLOCK_N, CHUNK, BUFFER,
+            FUNCTION, False, WARPS
         )  # fmt: skip
         # One partial sum a row and column tile; they are added in a fixed order afterwards.
         gl.store(dweights + column.to(gl.int64) * num_pairs + rows, dweight_M, mask=rows < end)
@@ -398,31 +464,26 @@ def hidden_gradient_consumer(
 
 @gluon.jit
 def hidden_gradient_kernel(
-    dy, weight, h, weights, dh, weighted_a, dweights, token_ids, tile_experts, tile_rows, num_tiles, expert_offsets,
-    num_pairs, D: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, LOADER_WARPS: gl.constexpr,
+    dy, weight, h, weights, dh, weighted_a, dweights, num_pairs, token_ids, expert_offsets, tile_experts, expert_tiles,
+    num_experts, D: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr, LOADER_WARPS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr, FUNCTION: gl.constexpr, A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr,
-    BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+    BUFFER: gl.constexpr, num_warps: gl.constexpr
 ):  # fmt: skip
     """dA′ = dy[token] W_down,e; from it and h: dh, the weighted a and partial sums of ⟨dA′, a⟩."""
-    NUM_COLUMNS: gl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
-    tiles = Tiles(tile_experts, tile_rows, expert_offsets)
-    num_items = gl.load(num_tiles) * NUM_COLUMNS
+    work = make_work(expert_offsets, tile_experts, expert_tiles, num_experts, INNER, BLOCK_M, BLOCK_N, GROUP)
     DTYPE: gl.constexpr = dy.dtype.element_ty
     ring = make_ring(DTYPE, (BLOCK_M, BLOCK_K), (BLOCK_K, BLOCK_N), A_LAYOUT, B_LAYOUT, STAGES, 1 + 32 * LOADER_WARPS)
-    buffers = gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_M, CHUNK], BUFFER_LAYOUT)
     gl.warp_specialize(
         [
             (
                 hidden_gradient_consumer,
-                (weights, dh, weighted_a, dweights, num_pairs, tiles, num_items, ring, buffers, D, NUM_COLUMNS,
-                 BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, FUNCTION, num_warps),
+                (weights, dh, weighted_a, dweights, num_pairs, work, ring, D, BLOCK_N, BLOCK_K, CHUNK, BUFFER,
+                 FUNCTION, num_warps),
             ),
             (
                 load_gathered,
-                (dy, token_ids, weight, h, tiles, num_items, ring, D, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK,
-                 False, LOADER_WARPS),
+                (dy, token_ids, weight, h, work, ring, D, BLOCK_N, BLOCK_K, CHUNK, BUFFER, False, LOADER_WARPS),
             ),
         ],
         [LOADER_WARPS],
@@ -435,31 +496,31 @@ def hidden_gradient_kernel(
 
 @gluon.jit
 def load_contiguous(
-    rows, weight, tiles, num_items, ring, K: gl.constexpr, NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TRANSPOSED: gl.constexpr
+    rows, weight, work, ring, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TRANSPOSED: gl.constexpr
 ):  # fmt: skip
     """Both operands by TMA; the weight is [E, K, columns], or [E, columns, K] if TRANSPOSED."""
+    SIZE: gl.constexpr = rows.dtype.primitive_bitwidth // 8
     step = gl.to_tensor(0)
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        expert, first, _, column = tiles.at(item, NUM_COLUMNS)
+    expert, first, _, column = work.item(gl.program_id(0))
+    for item in range(gl.program_id(0), work.num_items, gl.num_programs(0)):
+        next_expert, next_first, _, next_column = work.item(item + gl.num_programs(0))
         for k in range(0, K, BLOCK_K):
             slot, full = ring.acquire(step)
-            mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K * rows.dtype.primitive_bitwidth // 8)
+            mbarrier.expect(full, (work.BLOCK_M + BLOCK_N) * BLOCK_K * SIZE)
             tma_load(rows, [first, k], full, ring.a.index(slot))
+            b = shaped_as(ring.b.index(slot), weight)
             if TRANSPOSED:
-                b = shaped_as(ring.b.index(slot), weight)
                 tma_load(weight, [expert, column * BLOCK_N, k], full, b)
             else:
-                b = shaped_as(ring.b.index(slot), weight)
                 tma_load(weight, [expert, k, column * BLOCK_N], full, b)
             step += 1
+        expert, first, column = next_expert, next_first, next_column
 
 
 @gluon.jit
 def contiguous_consumer(
-    ID: gl.constexpr, CONSUMERS: gl.constexpr, out, tiles, num_items, ring, buffers, turn, K: gl.constexpr,
-    NUM_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STORE_N: gl.constexpr, TRANSPOSED: gl.constexpr, WARPS: gl.constexpr
+    ID: gl.constexpr, CONSUMERS: gl.constexpr, out, work, ring, buffers, turn, K: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STORE_N: gl.constexpr, TRANSPOSED: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
     """Every CONSUMERS-th tile. Two consumers alternate: while one writes its tile, the other has the tensor cores."""
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
@@ -467,14 +528,14 @@ def contiguous_consumer(
     PROGRAMS = gl.num_programs(0)
     step = gl.to_tensor(ID * STEPS)
     turns, count = gl.to_tensor(0), gl.to_tensor(0)
-    for item in range(gl.program_id(0) + ID * PROGRAMS, num_items, PROGRAMS * CONSUMERS):
-        _, first, end, column = tiles.at(item, NUM_COLUMNS)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
+    for item in range(gl.program_id(0) + ID * PROGRAMS, work.num_items, PROGRAMS * CONSUMERS):
+        _, first, end, column = work.item(item)
+        acc = gl.zeros([work.BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
         if CONSUMERS == 2:
             # Without an order the two would wait for the same parity of one slot.
             mbarrier.wait(turn.index(ID), (turns & 1) ^ (1 - ID))
             turns += 1
-        acc, step = multiply_steps(ring, step, acc, STEPS, TRANSPOSED)
+        acc, step = multiply_steps(ring, step, acc, STEPS, TRANSPOSED, False)
         if CONSUMERS == 2:
             mbarrier.arrive(turn.index(1 - ID))
         step += (CONSUMERS - 1) * STEPS
@@ -500,16 +561,14 @@ def contiguous_epilogue(
 
 @gluon.jit
 def contiguous_kernel(
-    rows, weight, out, tile_experts, tile_rows, num_tiles, expert_offsets, K: gl.constexpr, COLUMNS: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    STORE_N: gl.constexpr, BUFFERS: gl.constexpr, TRANSPOSED: gl.constexpr,
+    rows, weight, out, expert_offsets, tile_experts, expert_tiles, num_experts, K: gl.constexpr, COLUMNS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, STORE_N: gl.constexpr, BUFFERS: gl.constexpr, TRANSPOSED: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
 ):  # fmt: skip
     """out[n] = rows[n] · weight of n's expert."""
-    NUM_COLUMNS: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    tiles = Tiles(tile_experts, tile_rows, expert_offsets)
-    num_items = gl.load(num_tiles) * NUM_COLUMNS
+    work = make_work(expert_offsets, tile_experts, expert_tiles, num_experts, COLUMNS, BLOCK_M, BLOCK_N, GROUP)
     B_SHAPE: gl.constexpr = (BLOCK_N, BLOCK_K) if TRANSPOSED else (BLOCK_K, BLOCK_N)
     ring = make_ring(rows.dtype, (BLOCK_M, BLOCK_K), B_SHAPE, A_LAYOUT, B_LAYOUT, STAGES, 1)
     first = gl.allocate_shared_memory(rows.dtype, [BUFFERS, BLOCK_M, STORE_N], BUFFER_LAYOUT)
@@ -522,12 +581,11 @@ def contiguous_kernel(
             [
                 (
                     contiguous_consumer,
-                    (0, 1, out, tiles, num_items, ring, first, turn, K, NUM_COLUMNS, BLOCK_M, BLOCK_N,
-                     BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+                    (0, 1, out, work, ring, first, turn, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
                 ),
                 (
                     load_contiguous,
-                    (rows, weight, tiles, num_items, ring, K, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED),
+                    (rows, weight, work, ring, K, BLOCK_N, BLOCK_K, TRANSPOSED),
                 ),
             ],
             [1],
@@ -539,17 +597,15 @@ def contiguous_kernel(
             [
                 (
                     contiguous_consumer,
-                    (0, 2, out, tiles, num_items, ring, first, turn, K, NUM_COLUMNS, BLOCK_M, BLOCK_N,
-                     BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+                    (0, 2, out, work, ring, first, turn, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
                 ),
                 (
                     contiguous_consumer,
-                    (1, 2, out, tiles, num_items, ring, second, turn, K, NUM_COLUMNS, BLOCK_M, BLOCK_N,
-                     BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+                    (1, 2, out, work, ring, second, turn, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
                 ),
                 (
                     load_contiguous,
-                    (rows, weight, tiles, num_items, ring, K, NUM_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED),
+                    (rows, weight, work, ring, K, BLOCK_N, BLOCK_K, TRANSPOSED),
                 ),
             ],
             [num_warps, 1],

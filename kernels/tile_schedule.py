@@ -22,17 +22,16 @@ MAX_BLOCK_E = 1024
 class TileSchedule:
     """Tiles of `rows_per_tile` rows in the order of the rows; no tile crosses from one expert to another.
 
-    Tile m, of expert e = tile_experts_M[m], computes the rows from tile_rows_M[m] up to, and without,
-    min(tile_rows_M[m] + rows_per_tile, expert_offsets[e + 1]).
-    An expert without rows has no tile. Only the first `num_tiles` entries exist; the rest are not written.
+    Tile m, of expert e = tile_experts_M[m], is the expert's tile number i = m − expert_tiles[e] and computes the rows
+    from expert_offsets[e] + i · rows_per_tile up to, and without, the next tile's or expert_offsets[e + 1].
+    An expert without rows has no tile. Only the first expert_tiles[E] entries of tile_experts_M exist (how many, the
+    host never learns); the rest are not written.
     """
 
     tile_experts_M: Tensor
     """int32 [max_tiles], the expert of each tile."""
-    tile_rows_M: Tensor
-    """int32 [max_tiles], the first row of each tile."""
-    num_tiles: Tensor
-    """int32 [1], on the device: the host never learns it."""
+    expert_tiles: Tensor
+    """int32 [E + 1], the number of tiles before those of each expert; the last entry is the number of all."""
     rows_per_tile: int
 
     @property
@@ -55,8 +54,7 @@ def tile_schedule(routing: Routing, rows_per_tile: int) -> TileSchedule:
     _tile_schedule_kernel[(experts,)](
         routing.expert_offsets,
         schedule.tile_experts_M,
-        schedule.tile_rows_M,
-        schedule.num_tiles,
+        schedule.expert_tiles,
         experts,
         ROWS_PER_TILE=rows_per_tile,
         BLOCK_E=min(triton.next_power_of_2(experts), MAX_BLOCK_E),
@@ -69,15 +67,12 @@ def tile_schedule(routing: Routing, rows_per_tile: int) -> TileSchedule:
 def tile_schedule_reference(routing: Routing, rows_per_tile: int) -> TileSchedule:
     """The twin of :func:`tile_schedule` in plain PyTorch, for any device; entries past num_tiles are zero."""
     schedule = _empty_schedule(routing, rows_per_tile)
-    tiles_E = (routing.counts_E + rows_per_tile - 1) // rows_per_tile
-    ends_E = tiles_E.cumsum(0)
+    ends_E = ((routing.counts_E + rows_per_tile - 1) // rows_per_tile).cumsum(0)
     tile_M = torch.arange(schedule.max_tiles, device=ends_E.device)
     expert_M = torch.searchsorted(ends_E, tile_M, right=True).clamp(max=routing.num_experts - 1)
-    first_M = routing.expert_offsets[expert_M] + (tile_M - (ends_E - tiles_E)[expert_M]) * rows_per_tile
-    exists_M = tile_M < ends_E[-1]
-    schedule.tile_experts_M.copy_(expert_M * exists_M)
-    schedule.tile_rows_M.copy_(first_M * exists_M)
-    schedule.num_tiles.copy_(ends_E[-1:])
+    schedule.tile_experts_M.copy_(expert_M * (tile_M < ends_E[-1]))
+    schedule.expert_tiles[0] = 0
+    schedule.expert_tiles[1:] = ends_E
     return schedule
 
 
@@ -86,16 +81,43 @@ def _empty_schedule(routing: Routing, rows_per_tile: int) -> TileSchedule:
         raise ValueError(f"a tile needs at least one row, not {rows_per_tile}")
     # Every expert has floor(rows / rows_per_tile) full tiles and at most one that is not full.
     max_tiles = routing.num_pairs // rows_per_tile + routing.num_experts
-    empty = routing.expert_offsets.new_empty(2 * max_tiles + 1)
-    return TileSchedule(empty[:max_tiles], empty[max_tiles : 2 * max_tiles], empty[2 * max_tiles :], rows_per_tile)
+    empty = routing.expert_offsets.new_empty(max_tiles + routing.num_experts + 1)
+    return TileSchedule(empty[:max_tiles], empty[max_tiles:], rows_per_tile)
+
+
+@triton.jit
+def work_item(
+    index,
+    num_items,
+    expert_offsets,
+    tile_experts,
+    expert_tiles,
+    column_tiles,
+    ROWS_PER_TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Expert, first row, end of the expert's rows and column tile of a work item: row tiles × column tiles.
+
+    Up to GROUP row tiles of an expert take turns before the next column: what runs at the same time then shares
+    blocks of the weight as well as rows, and the L2 cache reads both once. Items from `num_items` on may be asked for
+    and are of no use, so that a loop can look ahead.
+    """
+    expert = tl.load(tile_experts + index // column_tiles, mask=index < num_items, other=0)
+    first_tile = tl.load(expert_tiles + expert)
+    num_tiles = tl.load(expert_tiles + expert + 1) - first_tile
+    index -= first_tile * column_tiles
+    group = index // (GROUP * column_tiles) * GROUP
+    index -= group * column_tiles
+    group_tiles = tl.maximum(tl.minimum(num_tiles - group, GROUP), 1)
+    row = tl.load(expert_offsets + expert) + (group + index % group_tiles) * ROWS_PER_TILE
+    return expert, row, tl.load(expert_offsets + expert + 1), index // group_tiles
 
 
 @triton.jit
 def _tile_schedule_kernel(
     expert_offsets,
     tile_experts,
-    tile_rows,
-    num_tiles,
+    expert_tiles,
     num_experts,
     ROWS_PER_TILE: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -113,12 +135,11 @@ def _tile_schedule_kernel(
         tiles_E = (end_E - first_E + ROWS_PER_TILE - 1) // ROWS_PER_TILE
         before += tl.sum(tl.where(expert_E < expert, tiles_E, 0))
         total += tl.sum(tiles_E)
+    tl.store(expert_tiles + expert, before)
     if expert == 0:
-        tl.store(num_tiles, total)
-    first = tl.load(expert_offsets + expert)
-    tiles = (tl.load(expert_offsets + expert + 1) - first + ROWS_PER_TILE - 1) // ROWS_PER_TILE
+        tl.store(expert_tiles + num_experts, total)
+    rows = tl.load(expert_offsets + expert + 1) - tl.load(expert_offsets + expert)
+    tiles = (rows + ROWS_PER_TILE - 1) // ROWS_PER_TILE
     for block in range(0, tiles, BLOCK_M):
         tile_M = block + tl.arange(0, BLOCK_M)
-        exists_M = tile_M < tiles
-        tl.store(tile_experts + before + tile_M, tl.zeros_like(tile_M) + expert, mask=exists_M)
-        tl.store(tile_rows + before + tile_M, first + tile_M * ROWS_PER_TILE, mask=exists_M)
+        tl.store(tile_experts + before + tile_M, tl.zeros_like(tile_M) + expert, mask=tile_M < tiles)
