@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import time
@@ -226,10 +227,11 @@ class Trainer:
 
     def _update(self, norm: Tensor, lr: float, routing: RoutingTotals) -> bool:
         """Clip and step unless the gradient is not finite, which all ranks see alike. Waits for the device once."""
-        finite = bool(torch.isfinite(norm))
+        norm_value = float(norm)
+        finite = math.isfinite(norm_value)
         if finite:
             if self.config.optim.clip_norm > 0:
-                clip_gradients(self.model.parameters(), norm, self.config.optim.clip_norm)
+                clip_gradients(self.model.parameters(), norm_value, self.config.optim.clip_norm)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             if self.config.router.bias_update_rate > 0:

@@ -34,12 +34,15 @@ def gradient_norm(dense: Iterable[nn.Parameter], experts: Iterable[nn.Parameter]
     return (squared + _squared_norm([p.grad for p in dense if p.grad is not None], mesh.device)).sqrt()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients by min(1, max_norm / norm), in place and without waiting for the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scale gradients by min(1, max_norm / norm), in place.
+
+    `norm` is a number: a float32 tensor as factor would take torch the slow way through gradients of another dtype.
+    """
     # The same small constant as torch.nn.utils.clip_grad_norm_.
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

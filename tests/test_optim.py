@@ -66,7 +66,7 @@ def test_clipping_is_that_of_torch(dtype: torch.dtype, max_norm: float) -> None:
     mesh = create_mesh(device="cpu")
     norm = gradient_norm(parameters[:2], parameters[2:], mesh)
     destroy_mesh()
-    clip_gradients(parameters, norm, max_norm)
+    clip_gradients(parameters, float(norm), max_norm)
     expected = nn.utils.clip_grad_norm_(copies, max_norm)
     # bfloat16 gradients: the norm is taken in float32, the scaled gradient is rounded once.
     assert float(norm) == pytest.approx(float(expected), rel=1e-12 if dtype == torch.float64 else 1e-6)
