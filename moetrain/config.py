@@ -177,7 +177,7 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights, gradients and Adam moments."""
     compile: bool = False
-    """torch.compile the dense parts of every layer."""
+    """torch.compile the dense parts of every layer, and the loss."""
     max_bad_steps: int = 5
     """A step with a NaN or Inf gradient is skipped; so many in a row stop the run."""
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)

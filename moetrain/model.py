@@ -230,6 +230,7 @@ class Decoder(nn.Module):
         self.head = None if model.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
         self.moe_layers = [layer for layer in range(model.n_layers) if model.is_moe_layer(layer)]
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
         self._apply_activation_checkpointing(config.train.activation_checkpointing)
 
     @property
@@ -264,10 +265,12 @@ class Decoder(nn.Module):
         return ".ffn.experts." in name
 
     def compile_dense_parts(self) -> None:
-        """torch.compile attention, dense feed-forward layers and shared experts; routing depends on data and is not."""
+        """torch.compile attention, dense feed-forward layers, shared experts and loss; routing depends on data and is
+        not."""
         for module in self.modules():
             if isinstance(module, Attention | FeedForward | RMSNorm):
                 module.compile()
+        self._linear_cross_entropy = torch.compile(linear_cross_entropy)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -319,10 +322,14 @@ class Decoder(nn.Module):
                 all_stats.append(stats)
         return self.norm(x_BSD), all_stats
 
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embedding if self.head is None else self.head
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, [..., V] in the dtype of `hidden`."""
-        weight = self.embedding if self.head is None else self.head
-        return F.linear(hidden, weight.to(hidden.dtype))
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, *, chunk_tokens: int = 8192) -> Tensor:
         """Sum of −log p(target) over the targets that are not IGNORED, in nats; 0-D float32 or wider.
@@ -333,13 +340,9 @@ class Decoder(nn.Module):
         hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
         chunks = list(zip(hidden_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True))
         for hidden, targets in chunks:
-            total = total + _maybe_checkpoint(len(chunks) > 1, self._chunk_cross_entropy, hidden, targets)
+            loss = _maybe_checkpoint(len(chunks) > 1, self._linear_cross_entropy, hidden, self.head_weight, targets)
+            total = total + loss
         return total
-
-    def _chunk_cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-        logits_TV = self.logits(hidden_TD)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Tables for positions 0 … length − 1, made once."""
@@ -356,6 +359,13 @@ class Decoder(nn.Module):
             block.recompute_attention = config.mode == "selective" and on
             if block.is_moe:
                 cast(MoE, block.ffn).recompute_experts = config.mode == "selective" and on
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Sum of −log softmax(W x)[target] over the targets that are not IGNORED; 0-D float32 or wider."""
+    logits_TV = F.linear(hidden_TD, weight_VD.to(hidden_TD.dtype))
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
