@@ -1,7 +1,7 @@
 """Device code of the grouped GEMMs for Hopper (sm_90), in Gluon: warp-specialised, persistent.
 
-Every kernel is a ring of shared-memory slots between one loader partition, which fills them by TMA and by asynchronous
-row gathers, and one or two MMA partitions, which multiply and write their tiles by TMA.
+Every kernel is a ring of shared-memory slots between a loader partition, which fills them by TMA and by asynchronous
+row gathers, and an MMA partition, which multiplies and writes its tiles by TMA.
 
 Names: E experts, N pairs (rows), D width, I expert width; a tile is BLOCK_M rows of one expert × BLOCK_N columns.
 """
@@ -519,26 +519,15 @@ def load_contiguous(
 
 @gluon.jit
 def contiguous_consumer(
-    ID: gl.constexpr, CONSUMERS: gl.constexpr, out, work, ring, buffers, turn, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STORE_N: gl.constexpr, TRANSPOSED: gl.constexpr, WARPS: gl.constexpr
+    out, work, ring, buffers, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STORE_N: gl.constexpr,
+    TRANSPOSED: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
-    """Every CONSUMERS-th tile. Two consumers alternate: while one writes its tile, the other has the tensor cores."""
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    PROGRAMS = gl.num_programs(0)
-    step = gl.to_tensor(ID * STEPS)
-    turns, count = gl.to_tensor(0), gl.to_tensor(0)
-    for item in range(gl.program_id(0) + ID * PROGRAMS, work.num_items, PROGRAMS * CONSUMERS):
+    step, count = gl.to_tensor(0), gl.to_tensor(0)
+    for item in range(gl.program_id(0), work.num_items, gl.num_programs(0)):
         _, first, end, column = work.item(item)
         acc = gl.zeros([work.BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
-        if CONSUMERS == 2:
-            # Without an order the two would wait for the same parity of one slot.
-            mbarrier.wait(turn.index(ID), (turns & 1) ^ (1 - ID))
-            turns += 1
-        acc, step = multiply_steps(ring, step, acc, STEPS, TRANSPOSED, False)
-        if CONSUMERS == 2:
-            mbarrier.arrive(turn.index(1 - ID))
-        step += (CONSUMERS - 1) * STEPS
+        acc, step = multiply_steps(ring, step, acc, (K + BLOCK_K - 1) // BLOCK_K, TRANSPOSED, False)
         count = contiguous_epilogue(acc, out, buffers, count, first, end, column * BLOCK_N, STORE_N, WARPS)
     tma.store_wait(0)
 
@@ -563,54 +552,28 @@ def contiguous_epilogue(
 def contiguous_kernel(
     rows, weight, out, expert_offsets, tile_experts, expert_tiles, num_experts, K: gl.constexpr, COLUMNS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, STORE_N: gl.constexpr, BUFFERS: gl.constexpr, TRANSPOSED: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+    STORE_N: gl.constexpr, TRANSPOSED: gl.constexpr, LOADER_REGISTERS: gl.constexpr, A_LAYOUT: gl.constexpr,
+    B_LAYOUT: gl.constexpr, BUFFER: gl.constexpr, num_warps: gl.constexpr
 ):  # fmt: skip
     """out[n] = rows[n] · weight of n's expert."""
     work = make_work(expert_offsets, tile_experts, expert_tiles, num_experts, COLUMNS, BLOCK_M, BLOCK_N, GROUP)
     B_SHAPE: gl.constexpr = (BLOCK_N, BLOCK_K) if TRANSPOSED else (BLOCK_K, BLOCK_N)
     ring = make_ring(rows.dtype, (BLOCK_M, BLOCK_K), B_SHAPE, A_LAYOUT, B_LAYOUT, STAGES, 1)
-    first = gl.allocate_shared_memory(rows.dtype, [BUFFERS, BLOCK_M, STORE_N], BUFFER_LAYOUT)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turn.index(0), count=1)
-    mbarrier.init(turn.index(1), count=1)
-    # The compiler takes these tuples only where they are written out.
-    if CONSUMERS == 1:
-        gl.warp_specialize(
-            [
-                (
-                    contiguous_consumer,
-                    (0, 1, out, work, ring, first, turn, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
-                ),
-                (
-                    load_contiguous,
-                    (rows, weight, work, ring, K, BLOCK_N, BLOCK_K, TRANSPOSED),
-                ),
-            ],
-            [1],
-            [LOADER_REGISTERS],
-        )  # fmt: skip
-    else:
-        second = gl.allocate_shared_memory(rows.dtype, [BUFFERS, BLOCK_M, STORE_N], BUFFER_LAYOUT)
-        gl.warp_specialize(
-            [
-                (
-                    contiguous_consumer,
-                    (0, 2, out, work, ring, first, turn, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
-                ),
-                (
-                    contiguous_consumer,
-                    (1, 2, out, work, ring, second, turn, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
-                ),
-                (
-                    load_contiguous,
-                    (rows, weight, work, ring, K, BLOCK_N, BLOCK_K, TRANSPOSED),
-                ),
-            ],
-            [num_warps, 1],
-            [CONSUMER_REGISTERS, LOADER_REGISTERS],
-        )  # fmt: skip
+    buffers = gl.allocate_shared_memory(rows.dtype, [1, BLOCK_M, STORE_N], BUFFER)
+    gl.warp_specialize(
+        [
+            (
+                contiguous_consumer,
+                (out, work, ring, buffers, K, BLOCK_N, BLOCK_K, STORE_N, TRANSPOSED, num_warps),
+            ),
+            (
+                load_contiguous,
+                (rows, weight, work, ring, K, BLOCK_N, BLOCK_K, TRANSPOSED),
+            ),
+        ],
+        [1],
+        [LOADER_REGISTERS],
+    )  # fmt: skip
 
 
 # --- Weight gradients: one product an expert, over its rows --------------------------------------------------------
@@ -706,13 +669,13 @@ def weight_gradient_kernel(
     gathered, contiguous, out, token_ids, expert_offsets, num_experts, P: gl.constexpr, Q: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GATHER_LEFT: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, A_LAYOUT: gl.constexpr,
-    B_LAYOUT: gl.constexpr, BUFFER_LAYOUT: gl.constexpr, num_warps: gl.constexpr
+    B_LAYOUT: gl.constexpr, BUFFER: gl.constexpr, num_warps: gl.constexpr
 ):  # fmt: skip
     """out[e] [P, Q] = leftᵀ right over the rows of expert e; one of the two is gathered. Zeros without rows."""
     DTYPE: gl.constexpr = gathered.dtype.element_ty
     num_items = num_experts * ((P + BLOCK_P - 1) // BLOCK_P) * ((Q + BLOCK_Q - 1) // BLOCK_Q)
     ring = make_ring(DTYPE, (BLOCK_K, BLOCK_P), (BLOCK_K, BLOCK_Q), A_LAYOUT, B_LAYOUT, STAGES, 1 + 32 * LOADER_WARPS)
-    buffers = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, BLOCK_Q // 2], BUFFER_LAYOUT)
+    buffers = gl.allocate_shared_memory(DTYPE, [1, BLOCK_P, BLOCK_Q // 2], BUFFER)
     gl.warp_specialize(
         [
             (
