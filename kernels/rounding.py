@@ -10,6 +10,7 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal
 
 import torch
@@ -28,20 +29,30 @@ def round_tokens(
 
     The definition is two sorts: the tokens of an expert in the order (chosen first, larger weight first, earlier token
     first), of which the first :func:`rounded_counts` stay. So an added token never takes the place of a chosen one, and
-    an expert changes by less than one tile. A pair whose weight is NaN stays as it is: its expert may miss the
-    multiple, but the pairs stay within :func:`most_pairs`.
+    an expert changes by less than one tile. NaN counts as the smallest weight, so that the counts and with them
+    :func:`most_pairs` hold whatever a router gone wrong says.
 
-    Nothing waits for the device, and equal input gives equal output on every device. Raises ValueError for a tile
-    below 1, an unknown rounding, or shapes that differ.
+    Nothing waits for the device, and equal input gives equal output on every device: float32 weights on a GPU take the
+    kernels of rounding_triton.py, others plain PyTorch. Raises ValueError for a tile below 1, an unknown rounding, or
+    shapes that differ.
     """
     if chosen_TE.shape != weights_TE.shape or (allowed_TE is not None and allowed_TE.shape != chosen_TE.shape):
         raise ValueError(
             f"chosen {list(chosen_TE.shape)}, weights {list(weights_TE.shape)} and allowed must have one shape"
         )
-    most = _most_changed(tile, rounding)
-    num_tokens = chosen_TE.shape[0]
-    if most == 0 or chosen_TE.numel() == 0:
+    if _most_changed(tile, rounding) == 0 or chosen_TE.numel() == 0:
         return chosen_TE
+    if chosen_TE.is_cuda and weights_TE.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from moetrain.kernels import rounding_triton
+
+        return rounding_triton.round_tokens(chosen_TE, weights_TE, tile, rounding, allowed_TE)
+    return round_tokens_twin(chosen_TE, weights_TE, tile, rounding, allowed_TE)
+
+
+def round_tokens_twin(
+    chosen_TE: Tensor, weights_TE: Tensor, tile: int, rounding: Rounding, allowed_TE: Tensor | None = None
+) -> Tensor:
+    """The same in plain torch; T ≥ 1, E ≥ 1, and a tile that leaves something to round."""
     chosen_ET = chosen_TE.t().contiguous()
     candidates_ET = ~chosen_ET if allowed_TE is None else allowed_TE.t() & ~chosen_ET
     counts_E = chosen_ET.sum(1)
@@ -50,11 +61,12 @@ def round_tokens(
 
     # Only the border moves, and by at most `most` pairs: the pairs to flip are the smallest of the chosen, or the
     # largest of the others.
+    most = min(_most_changed(tile, rounding), chosen_TE.shape[0])
     weights_ET = weights_TE.detach().t()
-    keys_ET = torch.where(drops_E1, -weights_ET, weights_ET).masked_fill_(
-        torch.where(drops_E1, ~chosen_ET, ~candidates_ET), -torch.inf
-    )
-    return chosen_ET.logical_xor(_largest(keys_ET, change_E.abs(), min(most, num_tokens), latest_E1=drops_E1)).t()
+    weights_ET = weights_ET.masked_fill(weights_ET.isnan(), -torch.inf)
+    keys_ET = torch.where(drops_E1, -weights_ET, weights_ET)
+    may_flip_ET = torch.where(drops_E1, chosen_ET, candidates_ET)
+    return chosen_ET.logical_xor(_largest(keys_ET, may_flip_ET, change_E.abs(), most, latest_E1=drops_E1)).t()
 
 
 def keep_largest(chosen_TE: Tensor, weights_TE: Tensor, limit: int) -> Tensor:
@@ -62,9 +74,9 @@ def keep_largest(chosen_TE: Tensor, weights_TE: Tensor, limit: int) -> Tensor:
     if limit >= chosen_TE.shape[0]:
         return chosen_TE
     chosen_ET = chosen_TE.t().contiguous()
-    keys_ET = weights_TE.detach().t().masked_fill(~chosen_ET, -torch.inf)
     kept_E = chosen_ET.sum(1).clamp_max(limit)
-    return _largest(keys_ET, kept_E, limit, latest_E1=torch.zeros_like(kept_E, dtype=torch.bool)[:, None]).t()
+    first_E1 = torch.zeros_like(kept_E, dtype=torch.bool)[:, None]
+    return _largest(weights_TE.detach().t(), chosen_ET, kept_E, limit, latest_E1=first_E1).t()
 
 
 def rounded_counts(counts_E: Tensor, room_E: Tensor, tile: int, rounding: Rounding) -> Tensor:
@@ -114,15 +126,17 @@ def _nearest(counts_E: Tensor, tile: int) -> Tensor:
     return (counts_E + (tile - 1) // 2) // tile * tile
 
 
-def _largest(keys_EX: Tensor, count_E: Tensor, most: int, *, latest_E1: Tensor) -> Tensor:
-    """The `count_E` (≤ `most`) largest keys of each row, bool; among equal ones the first, or the last of `latest_E1`.
+def _largest(keys_EX: Tensor, among_EX: Tensor, count_E: Tensor, most: int, *, latest_E1: Tensor) -> Tensor:
+    """The `count_E` (≤ `most`) largest keys `among` a row, bool; of equal ones the first, or the last of `latest_E1`.
 
     From the sorted values of top-k alone, because in which order top-k returns equal ones is not specified.
     """
+    keys_EX = keys_EX.masked_fill(~among_EX, -torch.inf)
     values = keys_EX.topk(most, dim=1).values
     border_E1 = values.gather(1, (count_E[:, None] - 1).clamp_min(0))
-    above_EX, equal_EX = keys_EX > border_E1, keys_EX == border_E1
+    # A key may be −inf itself.
+    above_EX, equal_EX = keys_EX > border_E1, (keys_EX == border_E1) & among_EX
     ranks_EX = equal_EX.cumsum(1, dtype=torch.int32)
     needed_E1 = count_E[:, None] - above_EX.sum(1, keepdim=True)
-    among_EX = torch.where(latest_E1, ranks_EX > ranks_EX[:, -1:] - needed_E1, ranks_EX <= needed_E1)
-    return above_EX | (equal_EX & among_EX)
+    taken_EX = torch.where(latest_E1, ranks_EX > ranks_EX[:, -1:] - needed_E1, ranks_EX <= needed_E1)
+    return above_EX | (equal_EX & taken_EX)

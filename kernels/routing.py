@@ -144,36 +144,20 @@ class Routing:
             raise ValueError(f"chosen is on {chosen_TE.device}, weights on {weights_TE.device}")
         if not 0 <= max_pairs <= MAX_PAIRS:
             raise ValueError(f"max_pairs must be in [0, {MAX_PAIRS}], not {max_pairs}")
-        num_tokens, num_experts = chosen_TE.shape
-        expert_offsets = _running_sum(chosen_TE.sum(0, dtype=torch.int32))
-        token_offsets = _running_sum(chosen_TE.sum(1, dtype=torch.int32))
+        token_ids_N, weights_N, pair_ids_N, expert_offsets, token_offsets = _GroupChosen.apply(
+            weights_TE, chosen_TE, max_pairs
+        )
         if not chosen_TE.is_cuda and int(expert_offsets[-1]) > max_pairs:
             raise ValueError(f"{int(expert_offsets[-1])} pairs are chosen, more than max_pairs {max_pairs}")
         torch._assert_async(expert_offsets[-1] <= max_pairs, "more pairs are chosen than max_pairs")
-
-        numbers = torch.arange(1, max_pairs + 1, dtype=torch.int32, device=chosen_TE.device)
-        padding_N = numbers > expert_offsets[-1]
-        # The n-th chosen cell is the first one whose running count is n: a search instead of a scatter.
-        # (masked_fill throughout, because `where` copies its scalar to the device, and waits for that.)
-        count_ET = chosen_TE.t().flatten().cumsum(0, dtype=torch.int32)
-        count_TE = chosen_TE.flatten().cumsum(0, dtype=torch.int32)
-        cell_N = torch.searchsorted(count_ET, numbers).masked_fill(padding_N, 0)
-        walked_cell_N = torch.searchsorted(count_TE, numbers).masked_fill(padding_N, 0)
-        token_ids_N, experts_N = cell_N % max(1, num_tokens), cell_N // max(1, num_tokens)
-        walked_N = walked_cell_N % num_experts * num_tokens + walked_cell_N // num_experts
-        positions_ET = count_ET - 1
-        weights_N = _SelectPairs.apply(
-            weights_TE, token_ids_N * num_experts + experts_N, padding_N, chosen_TE, positions_ET
-        )
-        pair_ids_N = positions_ET.index_select(0, walked_N) if count_ET.numel() else torch.zeros_like(numbers)
         return Routing(
-            token_ids_N=token_ids_N.to(torch.int32),
+            token_ids_N=token_ids_N,
             weights_N=weights_N,
             expert_offsets=expert_offsets,
-            pair_ids_N=pair_ids_N.masked_fill(padding_N, 0),
+            pair_ids_N=pair_ids_N,
             token_offsets=token_offsets,
-            num_tokens=num_tokens,
-            num_experts=num_experts,
+            num_tokens=chosen_TE.shape[0],
+            num_experts=chosen_TE.shape[1],
             pairs_per_token=None,
             padded=True,
         )
@@ -202,6 +186,51 @@ def group_by_expert(
     )
 
 
+def group_chosen(
+    chosen_TE: Tensor, weights_TE: Tensor, max_pairs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The chosen cells of a mask as pairs grouped by expert, by token within it, in room for N = `max_pairs`.
+
+    Returns, all int32 but the weights, the token and the weight of each pair; the positions of the pairs, walked token
+    by token; the experts' offsets [E + 1]; the tokens' offsets [T + 1]. What is left of the room is zero.
+    """
+    num_tokens, num_experts = chosen_TE.shape
+    expert_offsets = _running_sum(chosen_TE.sum(0, dtype=torch.int32))
+    token_offsets = _running_sum(chosen_TE.sum(1, dtype=torch.int32))
+    numbers = torch.arange(1, max_pairs + 1, dtype=torch.int32, device=chosen_TE.device)
+    if not chosen_TE.numel():
+        zeros_N = torch.zeros_like(numbers)
+        return zeros_N, weights_TE.new_zeros(max_pairs), zeros_N.clone(), expert_offsets, token_offsets
+    padding_N = numbers > expert_offsets[-1]
+    # The n-th chosen cell is the first one whose running count is n: a search instead of a scatter.
+    # (masked_fill throughout, because `where` copies its scalar to the device, and waits for that.)
+    count_ET = chosen_TE.t().flatten().cumsum(0, dtype=torch.int32)
+    count_TE = chosen_TE.flatten().cumsum(0, dtype=torch.int32)
+    cell_N = torch.searchsorted(count_ET, numbers).masked_fill(padding_N, 0)
+    walked_cell_N = torch.searchsorted(count_TE, numbers).masked_fill(padding_N, 0)
+    token_ids_N, experts_N = cell_N % num_tokens, cell_N // num_tokens
+    walked_N = walked_cell_N % num_experts * num_tokens + walked_cell_N // num_experts
+    return (
+        token_ids_N.to(torch.int32),
+        weights_TE.flatten().index_select(0, token_ids_N * num_experts + experts_N).masked_fill(padding_N, 0),
+        (count_ET - 1).index_select(0, walked_N).masked_fill(padding_N, 0),
+        expert_offsets,
+        token_offsets,
+    )
+
+
+def cells_of_pairs(values_N: Tensor, chosen_TE: Tensor, pair_ids_N: Tensor, token_offsets: Tensor) -> Tensor:
+    """[T, E]: the value of each chosen cell's pair, zero where not chosen; the transpose of :func:`group_chosen`.
+
+    `pair_ids_N`, `token_offsets`: what that returned for `chosen_TE`. A gather, differentiable in the values.
+    """
+    if not values_N.numel():
+        return values_N.new_zeros(chosen_TE.shape)
+    walked_X = chosen_TE.flatten().cumsum(0, dtype=torch.int32) - 1
+    positions_X = pair_ids_N.index_select(0, walked_X.clamp_min(0))
+    return values_N.index_select(0, positions_X).view(chosen_TE.shape).masked_fill(~chosen_TE, 0)
+
+
 class _GroupByExpert(torch.autograd.Function):
     """:func:`group_by_expert`, whose transpose is the gather by position, without a scatter."""
 
@@ -210,7 +239,7 @@ class _GroupByExpert(torch.autograd.Function):
         ctx: Any, weights_N: Tensor, expert_ids_N: Tensor, num_experts: int, pairs_per_token: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         group = group_by_expert
-        if expert_ids_N.is_cuda and expert_ids_N.numel() and importlib.util.find_spec("triton"):
+        if _has_kernels(expert_ids_N):
             from moetrain.kernels import routing_triton
 
             if num_experts <= routing_triton.MAX_EXPERTS:
@@ -227,25 +256,41 @@ class _GroupByExpert(torch.autograd.Function):
         return grads[1].index_select(0, positions_N), None, None, None
 
 
-class _SelectPairs(torch.autograd.Function):
-    """weights_TE at each pair's cell, zero in the padding; its transpose is a gather by the cell's position."""
+class _GroupChosen(torch.autograd.Function):
+    """:func:`group_chosen`, whose transpose is a gather, :func:`cells_of_pairs`."""
 
     @staticmethod
     def forward(
-        ctx: Any, weights_TE: Tensor, cell_N: Tensor, padding_N: Tensor, chosen_TE: Tensor, positions_ET: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(chosen_TE, positions_ET)
-        if not weights_TE.numel():
-            return weights_TE.new_zeros(cell_N.shape)
-        return weights_TE.flatten().index_select(0, cell_N).masked_fill(padding_N, 0)
+        ctx: Any, weights_TE: Tensor, chosen_TE: Tensor, max_pairs: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        group = group_chosen
+        if _has_kernels(chosen_TE):
+            from moetrain.kernels import routing_triton
+
+            group = routing_triton.group_chosen
+        grouped = group(chosen_TE, weights_TE, max_pairs)
+        token_ids_N, _, pair_ids_N, expert_offsets, token_offsets = grouped
+        ctx.save_for_backward(chosen_TE, pair_ids_N, token_offsets)
+        ctx.mark_non_differentiable(token_ids_N, pair_ids_N, expert_offsets, token_offsets)
+        ctx.set_materialize_grads(False)
+        return grouped
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        chosen_TE, positions_ET = ctx.saved_tensors
-        if not grads[0].numel():
-            return torch.zeros_like(chosen_TE, dtype=grads[0].dtype), None, None, None, None
-        gathered_ET = grads[0].index_select(0, positions_ET.clamp_min(0)).unflatten(0, chosen_TE.t().shape)
-        return gathered_ET.t().masked_fill(~chosen_TE, 0), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grads[1] is None:
+            return None, None, None
+        chosen_TE, pair_ids_N, token_offsets = ctx.saved_tensors
+        spread = cells_of_pairs
+        # Who differentiates twice needs operations that autograd can record.
+        if _has_kernels(chosen_TE) and not torch.is_grad_enabled():
+            from moetrain.kernels import routing_triton
+
+            spread = routing_triton.cells_of_pairs
+        return spread(grads[1].contiguous(), chosen_TE, pair_ids_N, token_offsets), None, None
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.numel() > 0 and importlib.util.find_spec("triton") is not None
 
 
 def _running_sum(counts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Token rounding and the capacity limit against their definitions, token by token."""
+"""Token rounding and the capacity limit against their definitions, token by token; the kernels against the twin."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moetrain.kernels.rounding import Rounding, keep_largest, most_pairs, round_tokens
+from moetrain.kernels import Routing, rounding_triton
+from moetrain.kernels.rounding import (
+    Rounding,
+    keep_largest,
+    most_pairs,
+    round_tokens,
+    round_tokens_twin,
+    rounded_counts,
+)
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
@@ -55,6 +64,8 @@ def test_rounding_is_the_definition(rounding: Rounding, data: st.DataObject) -> 
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     # Few different weights, so that many are equal, and a choice that does not follow them.
     weights = torch.randint(0, data.draw(st.sampled_from([2, 5, 1000])), (tokens, experts), generator=generator) / 8
+    if data.draw(st.booleans()):
+        weights = torch.where(weights == 0, -torch.inf, torch.where(weights == 0.125, torch.inf, weights))
     chosen = topk_mask(torch.rand(tokens, experts, generator=generator), top_k)
     allowed = chosen | (torch.rand(tokens, experts, generator=generator) < data.draw(st.sampled_from([0.5, 1.0])))
     rounded = round_tokens(chosen, weights, tile, rounding, allowed)
@@ -111,14 +122,23 @@ def test_the_bound_on_pairs_is_tight(rounding: Rounding) -> None:
     assert int(rounded.sum()) == most_pairs(sum(counts), 1, experts, tile, rounding)
 
 
-def test_nan_weights_stay_and_the_bound_holds() -> None:
-    scores = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
-    chosen = topk_mask(scores, 2)
-    scores[::3] = torch.nan
+def test_nan_is_the_smallest_weight_and_the_bound_holds() -> None:
+    scores = torch.rand(200, 16, generator=torch.Generator().manual_seed(0))
+    chosen = topk_mask(scores, 3)
+    scores[torch.rand(200, 16, generator=torch.Generator().manual_seed(1)) < 0.7] = torch.nan
+    counts = chosen.sum(0)
     for rounding in ROUNDINGS:
         rounded = round_tokens(chosen, scores, 16, rounding)
-        assert torch.equal(rounded[::3], chosen[::3])
-        assert int(rounded.sum()) <= most_pairs(50, 2, 4, 16, rounding)
+        assert torch.equal(rounded.sum(0), rounded_counts(counts, torch.full_like(counts, 200), 16, rounding))
+        assert int(rounded.sum()) <= most_pairs(200, 3, 16, 16, rounding)
+        numbers = ~scores.isnan()
+        for expert in range(16):
+            dropped, added = chosen[:, expert] & ~rounded[:, expert], rounded[:, expert] & ~chosen[:, expert]
+            # A number is dropped only after every NaN, and a NaN is added only after every number.
+            if (dropped & numbers[:, expert]).any():
+                assert not (rounded & ~numbers)[:, expert].any()
+            if (added & ~numbers[:, expert]).any():
+                assert rounded[numbers[:, expert], expert].all()
 
 
 @given(data=st.data())
@@ -181,3 +201,121 @@ def test_the_gpu_rounds_like_the_cpu_and_the_host_does_not_wait(rounding: Roundi
     for rounded in runs:
         assert torch.equal(rounded.cpu(), expected)
     assert torch.equal(kept.cpu(), limited)
+
+
+def random_case(
+    tokens: int, experts: int, *, density: float, levels: int, special: bool, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask, weights of so many values on either side of zero, and allowed pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randint(-levels, levels + 1, (tokens, experts), generator=generator) / 8
+    if special:
+        draw = torch.rand(tokens, experts, generator=generator)
+        for at, value in enumerate((torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0)):
+            weights[(draw >= at / 32) & (draw < (at + 1) / 32)] = value
+    chosen = torch.rand(tokens, experts, generator=generator) < density
+    return chosen, weights, chosen | (torch.rand(tokens, experts, generator=generator) < 0.5)
+
+
+def same_as_the_twin(chosen: Tensor, weights: Tensor, tile: int, rounding: Rounding, allowed: Tensor | None) -> None:
+    expected = round_tokens_twin(chosen, weights, tile, rounding, allowed)
+    actual = rounding_triton.round_tokens(chosen, weights, tile, rounding, allowed)
+    assert actual.dtype == torch.bool
+    assert actual.t().is_contiguous()
+    assert torch.equal(actual, expected)
+
+
+CASES = [  # tokens, experts, tile, density, levels
+    (1, 1, 2, 1.0, 1),
+    (5, 3, 8, 0.5, 1),
+    (128, 16, 16, 0.3, 10**6),
+    (300, 20, 128, 0.2, 10**6),
+    (257, 33, 64, 0.9, 2),
+    (200, 7, 32, 0.0, 3),
+    (200, 7, 3, 1.0, 3),
+    (4200, 2, 1000, 0.6, 50),  # more tokens than the bisection reads at a time
+]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "tile", "density", "levels"), CASES)
+def test_kernels_equal_the_twin(
+    tokens: int, experts: int, tile: int, density: float, levels: int, special: bool, rounding: Rounding
+) -> None:
+    case = random_case(tokens, experts, density=density, levels=levels, special=special, seed=tile)
+    chosen, weights, allowed = (tensor.to(DEVICE) for tensor in case)
+    same_as_the_twin(chosen, weights, tile, rounding, None)
+    # Group limits, and inputs whose tokens are adjacent.
+    same_as_the_twin(chosen.t().contiguous().t(), weights.t().contiguous().t(), tile, rounding, allowed)
+
+
+def test_kernels_sum_the_counts_of_many_experts() -> None:
+    """`balanced` needs those of all experts before, a block of them at a time."""
+    chosen, weights, _ = random_case(6, 300, density=0.4, levels=10**6, special=False)
+    same_as_the_twin(chosen.to(DEVICE), weights.to(DEVICE), 5, "balanced", None)
+
+
+def test_weights_that_are_all_nan_or_equal_in_the_kernels() -> None:
+    chosen, weights, _ = random_case(150, 3, density=0.3, levels=1, special=False)
+    for value in (torch.nan, 1.5, torch.inf, -torch.inf):
+        for rounding in ROUNDINGS:
+            same_as_the_twin(chosen.to(DEVICE), torch.full_like(weights, value).to(DEVICE), 64, rounding, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(16384, 256, 8), (16384, 512, 8), (33001, 60, 4)])
+def test_kernels_equal_the_twin_on_large_shapes(tokens: int, experts: int, top_k: int, rounding: Rounding) -> None:
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(1)).cuda()
+    logits += torch.linspace(0, 2, experts, device="cuda")
+    chosen = topk_mask(logits, top_k)
+    for scores in (logits.softmax(-1), (logits * 8).round()):
+        same_as_the_twin(chosen, scores, 128, rounding, None)
+        same_as_the_twin(chosen, scores, 128, rounding, chosen | (logits > 0))
+
+
+@pytest.mark.gpu
+def test_kernels_reach_cells_beyond_32_bits() -> None:
+    tokens, experts = 2**20, 2**11 + 1
+    weights = torch.rand(tokens, experts, device="cuda")
+    chosen = weights > 0.999
+    rounded = rounding_triton.round_tokens(chosen, weights, 128, "nearest")
+    for some in (slice(0, 3), slice(experts - 3, experts)):
+        assert torch.equal(rounded[:, some], round_tokens_twin(chosen[:, some], weights[:, some], 128, "nearest"))
+
+
+@pytest.mark.gpu
+def test_rounding_and_its_routing_in_a_graph() -> None:
+    tokens, experts, top_k = 4096, 60, 4
+    static = torch.empty(tokens, experts, device="cuda", requires_grad=True)
+    chosen = torch.empty(tokens, experts, dtype=torch.bool, device="cuda")
+    bound = most_pairs(tokens, top_k, experts, 128, "nearest")
+
+    def step() -> tuple[Routing, Tensor]:
+        routing = Routing.from_mask(round_tokens(chosen, static, 128, "nearest"), static, bound)
+        return routing, torch.autograd.grad(routing.weights_N.square().sum(), static)[0]
+
+    def fill(seed: int) -> None:
+        scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            static.copy_(scores)
+        chosen.copy_(topk_mask(scores, top_k))
+
+    fill(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        routing, gradient = step()
+    for seed in (1, 2):
+        fill(seed)
+        graph.replay()
+        rounded = round_tokens_twin(chosen, static, 128, "nearest")
+        expected = Routing.from_mask(rounded.cpu(), static.detach().cpu(), bound)
+        for name in ("token_ids_N", "weights_N", "expert_offsets", "pair_ids_N", "token_offsets"):
+            assert torch.equal(getattr(routing, name).cpu(), getattr(expected, name)), name
+        assert torch.equal(gradient, 2 * static.detach() * rounded)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.kernels import Routing
-from moetrain.kernels.routing import group_by_expert
+from moetrain.kernels import Routing, routing_triton
+from moetrain.kernels.routing import cells_of_pairs, group_by_expert, group_chosen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -143,9 +143,10 @@ def test_strided_input_is_read_as_it_is() -> None:
 
 
 def test_weights_can_be_differentiated_twice() -> None:
-    ids_TK = torch.tensor([[2, 0], [1, 2], [0, 1]])
-    weights_TK = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    mask_TE, weights_TE = torch.rand(3, 4) < 0.5, torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    ids_TK = torch.tensor([[2, 0], [1, 2], [0, 1]], device=DEVICE)
+    weights_TK = torch.rand(3, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    mask_TE = torch.rand(3, 4, device=DEVICE) < 0.5
+    weights_TE = torch.rand(3, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     for loss, leaf in (
         (lambda w: Routing.from_topk(ids_TK, w, 3).weights_N ** 3, weights_TK),
         (lambda w: Routing.from_pairs(ids_TK[:, 1], ids_TK[:, 0], w[:, 0], 3, 3).weights_N ** 3, weights_TK),
@@ -166,8 +167,6 @@ def test_weights_can_be_differentiated_twice() -> None:
     ],
 )
 def test_kernels_equal_their_twin(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
-    from moetrain.kernels import routing_triton
-
     generator = torch.Generator().manual_seed(tokens)
     # Ids out of range on both sides: kernels clamp them.
     ids_N = torch.randint(-2, experts + 2, (tokens * top_k,), generator=generator, dtype=dtype).to(DEVICE)
@@ -180,13 +179,100 @@ def test_kernels_equal_their_twin(tokens: int, top_k: int, experts: int, dtype: 
 
 
 def test_the_scan_walks_many_blocks() -> None:
-    from moetrain.kernels import routing_triton
-
     counts_BE = torch.randint(0, 9, (1300, 11), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
     scanned_BE, totals_E = counts_BE.to(DEVICE, copy=True), torch.empty(11, dtype=torch.int32, device=DEVICE)
     routing_triton._scan_kernel[(2,)](scanned_BE, totals_E, 1300, 11, ROWS=512, COLUMNS=8)
     assert torch.equal(scanned_BE.cpu(), (counts_BE.cumsum(0) - counts_BE).int())
     assert torch.equal(totals_E.cpu(), counts_BE.sum(0).int())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "density"),
+    [
+        (1, 1, 1.0),
+        (3, 40, 0.0),
+        (64, 32, 0.3),
+        (65, 33, 1.0),
+        (200, 60, 0.1),
+        (7, 300, 0.5),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_kernels_group_a_mask_like_their_twin(tokens: int, experts: int, density: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    chosen_TE = (torch.rand(tokens, experts, generator=generator) < density).to(DEVICE)
+    chosen_TE[:, experts // 2] = False
+    weights_TE = torch.rand(tokens, experts, generator=generator).to(DEVICE, dtype)
+    strided_TE = chosen_TE.t().contiguous().t()
+    for room in (int(chosen_TE.sum()), int(chosen_TE.sum()) + 1500):
+        expected = group_chosen(chosen_TE, weights_TE, room)
+        values_N = torch.rand(room, generator=generator).to(DEVICE, dtype)
+        expected_TE = cells_of_pairs(values_N, chosen_TE, expected[2], expected[4])
+        for mask_TE, of_mask_TE in ((chosen_TE, weights_TE), (strided_TE, weights_TE.t().contiguous().t())):
+            actual = routing_triton.group_chosen(mask_TE, of_mask_TE, room)
+            for one, other in zip(actual, expected, strict=True):
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other)
+            actual_TE = routing_triton.cells_of_pairs(values_N, mask_TE, actual[2], actual[4])
+            assert actual_TE.dtype == dtype
+            assert torch.equal(actual_TE, expected_TE)
+
+
+def test_a_mask_by_the_kernels_is_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.kernels.routing._has_kernels", lambda tensor: True)
+    calls = []
+    cells = routing_triton.cells_of_pairs
+    monkeypatch.setattr(routing_triton, "cells_of_pairs", lambda *inputs: calls.append(1) or cells(*inputs))
+    mask_TE = torch.tensor([[True, False, True], [False, False, True]], device=DEVICE)
+    weights_TE = torch.rand(2, 3, device=DEVICE, requires_grad=True)
+    factors_N = torch.tensor([1.0, 2, 4, 8, 16], device=DEVICE)
+    weights_N = Routing.from_mask(mask_TE, weights_TE, 5).weights_N
+    # By expert: (0: t0), (2: t0), (2: t1), and two places of padding.
+    expected_TE = torch.tensor([[1.0, 0, 2], [0, 0, 4]], device=DEVICE)
+    (once_TE,) = torch.autograd.grad((weights_N * factors_N).sum(), weights_TE, retain_graph=True)
+    assert torch.equal(once_TE, expected_TE)
+    assert len(calls) == 1
+    (first_TE,) = torch.autograd.grad((weights_N**2 * factors_N).sum(), weights_TE, create_graph=True)
+    (second_TE,) = torch.autograd.grad(first_TE.sum(), weights_TE)
+    assert torch.equal(second_TE, 2 * expected_TE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", [256, 512, 60])
+def test_kernels_group_large_masks_like_their_twin(experts: int) -> None:
+    tokens = 16384 if experts > 60 else 40001
+    weights_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(experts)).cuda()
+    for chosen_TE in (weights_TE > 0.97, (weights_TE > 0.97).t().contiguous().t(), weights_TE >= 0):
+        room = int(chosen_TE.sum()) + 12345
+        expected = group_chosen(chosen_TE, weights_TE, room)
+        values_N = torch.rand(room, device="cuda")
+        expected_TE = cells_of_pairs(values_N, chosen_TE, expected[2], expected[4])
+        for _ in range(3):
+            actual = routing_triton.group_chosen(chosen_TE, weights_TE, room)
+            assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+            actual_TE = routing_triton.cells_of_pairs(values_N, chosen_TE, actual[2], actual[4])
+            assert torch.equal(actual_TE, expected_TE)
+
+
+@pytest.mark.gpu
+def test_kernels_reach_cells_beyond_32_bits() -> None:
+    tokens, experts, pairs = 2**20, 2**11 + 1, 10**5
+    cells_N = torch.randint(tokens * experts, (pairs,), generator=torch.Generator().manual_seed(0)).unique().cuda()
+    weights_TE = torch.rand(tokens, experts, device="cuda", requires_grad=True)
+    chosen_TE = torch.zeros(tokens, experts, dtype=torch.bool, device="cuda")
+    chosen_TE[cells_N // experts, cells_N % experts] = True
+    routing = Routing.from_mask(chosen_TE, weights_TE, pairs)
+    # Cells are sorted by token; a stable sort by expert gives the pairs.
+    by_expert_N = cells_N[(cells_N % experts).sort(stable=True).indices]
+    trimmed = routing.trimmed()
+    assert torch.equal(trimmed.token_ids_N.long(), by_expert_N // experts)
+    assert torch.equal(trimmed.expert_ids_N, by_expert_N % experts)
+    assert torch.equal(trimmed.weights_N, weights_TE[by_expert_N // experts, by_expert_N % experts])
+    factors_N = torch.rand(pairs, device="cuda")
+    (gradient_TE,) = torch.autograd.grad((routing.weights_N * factors_N).sum(), weights_TE)
+    assert torch.equal(gradient_TE[by_expert_N // experts, by_expert_N % experts], factors_N[: trimmed.num_pairs])
+    gradient_TE[by_expert_N // experts, by_expert_N % experts] = 0
+    assert not bool(gradient_TE.any())
 
 
 @pytest.mark.gpu
