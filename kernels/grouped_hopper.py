@@ -9,19 +9,17 @@ Names: T tokens, D width, E experts, I expert width, H = 2I, N pairs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moetrain.kernels import autotune, hopper_gemm
 from moetrain.kernels.activation import FUNCTION, Activation
-from moetrain.kernels.grouped_triton import sum_by_expert, sum_pairs
+from moetrain.kernels.grouped_triton import sizes, sum_by_expert, sum_pairs
 from moetrain.kernels.routing import Routing
 from moetrain.kernels.tile_schedule import TileSchedule, tile_schedule
 
@@ -152,7 +150,7 @@ def up_projection(
             BUFFER=_layout(chunk, x_TD.dtype),
         )
 
-    key = (*_sizes(x_TD, routing), hidden, keep_hidden)
+    key = (*sizes(x_TD, routing), hidden, keep_hidden)
     launch(autotune.choose("hopper up", key, gather_configs(hidden, group=4), launch))
     return h_NH, a_NI
 
@@ -196,7 +194,7 @@ def hidden_gradient(
 
     # Its columns are few: those of a row tile at once, which read the gathered rows once, were 5% faster.
     configs = gather_configs(inner, group=1)
-    dweights_CN = launch(autotune.choose("hopper hidden", (*_sizes(dy_TD, routing), inner), configs, launch))
+    dweights_CN = launch(autotune.choose("hopper hidden", (*sizes(dy_TD, routing), inner), configs, launch))
     return dh_NH, weighted_a_NI, dweights_CN[0] if len(dweights_CN) == 1 else dweights_CN.sum(0)
 
 
@@ -244,7 +242,7 @@ def _contiguous(rows_NK: Tensor, weight: Tensor, routing: Routing, *, transposed
             BUFFER=_layout(store_block, rows_NK.dtype),
         )
 
-    key = (*_sizes(rows_NK, routing), columns, transposed)
+    key = (*sizes(rows_NK, routing), columns, transposed)
     launch(autotune.choose("hopper contiguous", key, _groupings(ContiguousConfig()), launch))
     return out
 
@@ -273,7 +271,7 @@ def _weight_gradient(gathered_TX: Tensor, contiguous_NX: Tensor, routing: Routin
         )
 
     columns = contiguous_NX.shape[1]
-    key = (*_sizes(gathered_TX, routing), columns, gather_left)
+    key = (*sizes(gathered_TX, routing), columns, gather_left)
     launch(autotune.choose("hopper weights", key, weight_gradient_configs(gather_left, columns), launch))
     return out
 
@@ -282,11 +280,6 @@ def _groupings(config: RowTiles) -> list[RowTiles]:
     """The configuration, and others for autotuning: which order of the tiles fits the L2 cache depends on the sizes of
     weights and rows, and on how many rows an expert has."""
     return [replace(config, GROUP=group) for group in dict.fromkeys((config.GROUP, 1, 4, 16))]
-
-
-def _sizes(rows: Tensor, routing: Routing) -> tuple[Hashable, ...]:
-    """What a choice of autotuning holds for: dtype, depth, experts and about so many pairs."""
-    return rows.dtype, rows.shape[1], routing.num_experts, triton.next_power_of_2(routing.num_pairs)
 
 
 def _work(tiles: TileSchedule, routing: Routing) -> tuple[Tensor | int, ...]:

@@ -9,6 +9,7 @@ Names: T tokens, D width, E experts, I expert width, H = 2I for gated activation
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moetrain.kernels import gemm_triton
+from moetrain.kernels import autotune, gemm_triton
 from moetrain.kernels.activation import FUNCTION, Activation, is_gated
 from moetrain.kernels.routing import Routing
 from moetrain.kernels.sums_triton import sum_by_expert, sum_pairs
@@ -27,7 +28,7 @@ from moetrain.kernels.tile_schedule import tile_schedule
 __all__ = [
     "CONFIGS",
     "GemmConfig",
-    "choose_config",
+    "choose_configs",
     "down_projection",
     "down_weight_gradient",
     "hidden_gradient",
@@ -93,16 +94,26 @@ CONFIGS: dict[tuple[Stage, ShapeClass], GemmConfig] = {
 }
 
 
-def choose_config(stage: Stage, routing: Routing, dtype: torch.dtype, tma: bool, columns: int) -> GemmConfig:
-    """The configuration of a stage whose product has so many columns; narrow products get narrow tiles."""
+def choose_configs(
+    stage: Stage, routing: Routing, dtype: torch.dtype, tma: bool, columns: int
+) -> tuple[GemmConfig, ...]:
+    """The configuration of a stage whose product has so many columns, and others for autotuning to try.
+
+    Narrow products get narrow tiles.
+    """
     few_rows = routing.num_pairs <= FEW_ROWS * routing.num_experts
     if dtype == torch.float32:
-        config = CONFIGS[stage, "float32"]
+        configs = [CONFIGS[stage, "float32"]]
     elif tma:
-        config = CONFIGS[stage, "tma_few_rows" if few_rows else "tma"]
+        configs = [CONFIGS[stage, "tma"], CONFIGS[stage, "tma_few_rows"]]
     else:
-        config = CONFIGS[stage, "pointer_few_rows" if few_rows else "pointer"]
-    return replace(config, BLOCK_N=min(config.BLOCK_N, triton.next_power_of_2(columns)))
+        configs = [CONFIGS[stage, "pointer"], CONFIGS[stage, "pointer_few_rows"]]
+    if few_rows:
+        configs.reverse()
+    if stage != "weight":
+        configs += [replace(configs[0], GROUP=group) for group in (1, 4, 16)]
+    widest = triton.next_power_of_2(columns)
+    return tuple(dict.fromkeys(replace(config, BLOCK_N=min(config.BLOCK_N, widest)) for config in configs))
 
 
 def up_projection(
@@ -119,29 +130,35 @@ def up_projection(
     experts, hidden, width = w_up_EHD.shape
     inner = hidden // parts
     tma = _use_tma(routing, w_up_EHD)
-    config = choose_config("up", routing, x_TD.dtype, tma, hidden)
-    block_inner = config.BLOCK_N // parts
     h_NH = x_TD.new_empty(routing.num_pairs, hidden) if keep_hidden else None
     a_NI = x_TD.new_empty(routing.num_pairs, inner)
-    _launch_row_tiles(
-        gemm_triton.up_projection_kernel,
-        config,
-        routing,
-        triton.cdiv(inner, block_inner),
-        x_TD,
-        _weight(w_up_EHD.view(experts, parts, inner, width), (1, parts, block_inner, config.BLOCK_K), tma),
-        b_up_EH,
-        None if h_NH is None else _rows(h_NH, parts, (config.BLOCK_M, 1, config.BLOCK_N // 2), tma),
-        _rows(a_NI, 1, (config.BLOCK_M, 1, config.BLOCK_N // 2), tma),
-        routing.token_ids_N,
-        scalars=(width, inner),
-        FUNCTION=FUNCTION[activation],
-        PARTS=parts,
-        PRECISION=_precision(x_TD),
-        EVEN_K=width % config.BLOCK_K == 0,
-        EVEN_N=inner % block_inner == 0,
-        TMA=tma,
-    )
+
+    def launch(config: GemmConfig) -> None:
+        block_inner = config.BLOCK_N // parts
+        row_block = (config.BLOCK_M, 1, config.BLOCK_N // 2)
+        _launch_row_tiles(
+            gemm_triton.up_projection_kernel,
+            config,
+            routing,
+            triton.cdiv(inner, block_inner),
+            x_TD,
+            _weight(w_up_EHD.view(experts, parts, inner, width), (1, parts, block_inner, config.BLOCK_K), tma),
+            b_up_EH,
+            None if h_NH is None else _rows(h_NH, parts, row_block, tma),
+            _rows(a_NI, 1, row_block, tma),
+            routing.token_ids_N,
+            scalars=(width, inner),
+            FUNCTION=FUNCTION[activation],
+            PARTS=parts,
+            PRECISION=_precision(x_TD),
+            EVEN_K=width % config.BLOCK_K == 0,
+            EVEN_N=inner % block_inner == 0,
+            TMA=tma,
+        )
+
+    configs = choose_configs("up", routing, x_TD.dtype, tma, hidden)
+    key = (*sizes(x_TD, routing), hidden, activation, keep_hidden, b_up_EH is not None)
+    launch(autotune.choose("triton up", key, configs, launch))
     return h_NH, a_NI
 
 
@@ -166,38 +183,44 @@ def hidden_gradient(
     parts = 2 if is_gated(activation) else 1
     experts, width, inner = w_down_EDI.shape
     tma = _use_tma(routing, w_down_EDI, h_NH)
-    config = choose_config("hidden", routing, dy_TD.dtype, tma, inner)
-    # The error function takes twice the registers of an exponential.
-    chunk_columns = config.chunk_columns // (2 if FUNCTION[activation] == "gelu" else 1)
-    chunks = max(1, config.BLOCK_N // chunk_columns)
-    column_blocks = triton.cdiv(inner, config.BLOCK_N)
-    block = (config.BLOCK_M, 1, config.BLOCK_N // chunks)
     dh_NH = torch.empty_like(h_NH)
     weighted_a_NI = h_NH.new_empty(routing.num_pairs, inner)
-    dweights_BN = torch.empty(column_blocks, routing.num_pairs, dtype=torch.float32, device=h_NH.device)
-    _launch_row_tiles(
-        gemm_triton.hidden_gradient_kernel,
-        config,
-        routing,
-        column_blocks,
-        dy_TD,
-        _weight(w_down_EDI.view(experts, 1, width, inner), (1, 1, config.BLOCK_K, config.BLOCK_N), tma),
-        _rows(h_NH, parts, (config.BLOCK_M, parts, config.BLOCK_N // chunks), tma),
-        _rows(dh_NH, parts, block, tma),
-        _rows(weighted_a_NI, 1, block, tma),
-        weights_N,
-        dweights_BN,
-        routing.token_ids_N,
-        scalars=(routing.num_pairs, width, inner),
-        FUNCTION=FUNCTION[activation],
-        PARTS=parts,
-        PRECISION=_precision(dy_TD),
-        EVEN_K=width % config.BLOCK_K == 0,
-        EVEN_N=inner % config.BLOCK_N == 0,
-        TMA=tma,
-        CHUNKS=chunks,
-    )
-    return dh_NH, weighted_a_NI, dweights_BN[0] if column_blocks == 1 else dweights_BN.sum(0)
+
+    def launch(config: GemmConfig) -> Tensor:
+        # The error function takes twice the registers of an exponential.
+        chunk_columns = config.chunk_columns // (2 if FUNCTION[activation] == "gelu" else 1)
+        chunks = max(1, config.BLOCK_N // chunk_columns)
+        block = (config.BLOCK_M, 1, config.BLOCK_N // chunks)
+        column_blocks = triton.cdiv(inner, config.BLOCK_N)
+        dweights_BN = torch.empty(column_blocks, routing.num_pairs, dtype=torch.float32, device=h_NH.device)
+        _launch_row_tiles(
+            gemm_triton.hidden_gradient_kernel,
+            config,
+            routing,
+            column_blocks,
+            dy_TD,
+            _weight(w_down_EDI.view(experts, 1, width, inner), (1, 1, config.BLOCK_K, config.BLOCK_N), tma),
+            _rows(h_NH, parts, (config.BLOCK_M, parts, config.BLOCK_N // chunks), tma),
+            _rows(dh_NH, parts, block, tma),
+            _rows(weighted_a_NI, 1, block, tma),
+            weights_N,
+            dweights_BN,
+            routing.token_ids_N,
+            scalars=(routing.num_pairs, width, inner),
+            FUNCTION=FUNCTION[activation],
+            PARTS=parts,
+            PRECISION=_precision(dy_TD),
+            EVEN_K=width % config.BLOCK_K == 0,
+            EVEN_N=inner % config.BLOCK_N == 0,
+            TMA=tma,
+            CHUNKS=chunks,
+        )
+        return dweights_BN
+
+    configs = choose_configs("hidden", routing, dy_TD.dtype, tma, inner)
+    key = (*sizes(dy_TD, routing), inner, activation)
+    dweights_BN = launch(autotune.choose("triton hidden", key, configs, launch))
+    return dh_NH, weighted_a_NI, dweights_BN[0] if len(dweights_BN) == 1 else dweights_BN.sum(0)
 
 
 def up_weight_gradient(dh_NH: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -215,26 +238,31 @@ def _linear(rows_NK: Tensor, weight: Tensor, bias: Tensor | None, routing: Routi
     experts, *sides = weight.shape
     depth, width = sides if transposed else reversed(sides)
     tma = _use_tma(routing, weight, rows_NK)
-    config = choose_config("linear", routing, rows_NK.dtype, tma, width)
-    weight_block = (config.BLOCK_K, config.BLOCK_N) if transposed else (config.BLOCK_N, config.BLOCK_K)
     out_ND = rows_NK.new_empty(routing.num_pairs, width)
-    _launch_row_tiles(
-        gemm_triton.linear_kernel,
-        config,
-        routing,
-        triton.cdiv(width, config.BLOCK_N),
-        # Not ragged: no row of the product depends on those of the next expert.
-        TensorDescriptor.from_tensor(rows_NK, [config.BLOCK_M, config.BLOCK_K]) if tma else rows_NK,
-        _weight(weight.view(experts, 1, *sides), (1, 1, *weight_block), tma),
-        bias,
-        _rows(out_ND, 1, (config.BLOCK_M, 1, config.BLOCK_N // 2), tma),
-        scalars=(depth, width),
-        TRANSPOSED=transposed,
-        PRECISION=_precision(rows_NK),
-        EVEN_K=depth % config.BLOCK_K == 0,
-        EVEN_N=width % config.BLOCK_N == 0,
-        TMA=tma,
-    )
+
+    def launch(config: GemmConfig) -> None:
+        weight_block = (config.BLOCK_K, config.BLOCK_N) if transposed else (config.BLOCK_N, config.BLOCK_K)
+        _launch_row_tiles(
+            gemm_triton.linear_kernel,
+            config,
+            routing,
+            triton.cdiv(width, config.BLOCK_N),
+            # Not ragged: no row of the product depends on those of the next expert.
+            TensorDescriptor.from_tensor(rows_NK, [config.BLOCK_M, config.BLOCK_K]) if tma else rows_NK,
+            _weight(weight.view(experts, 1, *sides), (1, 1, *weight_block), tma),
+            bias,
+            _rows(out_ND, 1, (config.BLOCK_M, 1, config.BLOCK_N // 2), tma),
+            scalars=(depth, width),
+            TRANSPOSED=transposed,
+            PRECISION=_precision(rows_NK),
+            EVEN_K=depth % config.BLOCK_K == 0,
+            EVEN_N=width % config.BLOCK_N == 0,
+            TMA=tma,
+        )
+
+    configs = choose_configs("linear", routing, rows_NK.dtype, tma, width)
+    key = (*sizes(rows_NK, routing), width, transposed, bias is not None)
+    launch(autotune.choose("triton linear", key, configs, launch))
     return out_ND
 
 
@@ -242,31 +270,36 @@ def _weight_gradient(gathered_TM: Tensor, rows_NN: Tensor, routing: Routing, *, 
     """gathered[tokens of e]ᵀ · rows[rows of e] of every expert, or its transpose."""
     gathered_width, width = gathered_TM.shape[1], rows_NN.shape[1]
     tma = _use_tma(routing, rows_NN)
-    config = choose_config("weight", routing, rows_NN.dtype, tma, width)
-    block_gathered = min(config.BLOCK_M, triton.next_power_of_2(gathered_width))
     out = rows_NN.new_empty(routing.num_experts, *((width, gathered_width) if transposed else (gathered_width, width)))
-    tiles = routing.num_experts * triton.cdiv(gathered_width, block_gathered) * triton.cdiv(width, config.BLOCK_N)
-    gemm_triton.weight_gradient_kernel[_grid(config, tiles, out.device)](
-        gathered_TM,
-        _rows(rows_NN, 1, (config.BLOCK_K, 1, config.BLOCK_N), tma),
-        out,
-        routing.token_ids_N,
-        routing.expert_offsets,
-        routing.num_experts,
-        gathered_width,
-        width,
-        TRANSPOSED=transposed,
-        PRECISION=_precision(out),
-        EVEN_M=gathered_width % block_gathered == 0,
-        EVEN_N=width % config.BLOCK_N == 0,
-        TMA=tma,
-        FLATTEN=config.FLATTEN,
-        BLOCK_M=block_gathered,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+
+    def launch(config: GemmConfig) -> None:
+        block_gathered = min(config.BLOCK_M, triton.next_power_of_2(gathered_width))
+        tiles = routing.num_experts * triton.cdiv(gathered_width, block_gathered) * triton.cdiv(width, config.BLOCK_N)
+        gemm_triton.weight_gradient_kernel[_grid(config, tiles, out.device)](
+            gathered_TM,
+            _rows(rows_NN, 1, (config.BLOCK_K, 1, config.BLOCK_N), tma),
+            out,
+            routing.token_ids_N,
+            routing.expert_offsets,
+            routing.num_experts,
+            gathered_width,
+            width,
+            TRANSPOSED=transposed,
+            PRECISION=_precision(out),
+            EVEN_M=gathered_width % block_gathered == 0,
+            EVEN_N=width % config.BLOCK_N == 0,
+            TMA=tma,
+            FLATTEN=config.FLATTEN,
+            BLOCK_M=block_gathered,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    configs = choose_configs("weight", routing, rows_NN.dtype, tma, width)
+    key = (*sizes(gathered_TM, routing), width, transposed)
+    launch(autotune.choose("triton weights", key, configs, launch))
     return out
 
 
@@ -297,6 +330,11 @@ def _launch_row_tiles(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def sizes(rows: Tensor, routing: Routing) -> tuple[Hashable, ...]:
+    """What a choice of autotuning holds for: dtype, depth, experts and about so many pairs."""
+    return rows.dtype, rows.shape[1], routing.num_experts, triton.next_power_of_2(routing.num_pairs)
 
 
 def _grid(config: GemmConfig, tiles: int, device: torch.device) -> tuple[int]:
