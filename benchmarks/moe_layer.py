@@ -41,7 +41,7 @@ from moetrain.errors import ConfigError
 from moetrain.kernels import Routing, choose_backend, expert_mlp
 from moetrain.kernels.expert_mlp import Backend, stages
 from moetrain.kernels.float32_linear import float32_linear
-from moetrain.kernels.rounding import Rounding, most_pairs, round_tokens
+from moetrain.kernels.rounding import TILE, Rounding, most_pairs, round_tokens
 from moetrain.kernels.topk import topk_softmax
 
 SHAPES = (
@@ -60,8 +60,6 @@ TOLERANCES = {"y": 1e-2, "dx": 1.5e-2, "dw_router": 3e-2, "dw_gate_up": 1.5e-2, 
 """Largest relative norms of the error. Rounding every intermediate result (and a peer's logits) to bfloat16 costs about
 half of that; one expert of 256 that is wrong costs 6e-2."""
 
-TILE = 128
-"""Rows of a tile of the grouped products, to whose multiples token rounding rounds."""
 MIB = 2**20
 
 

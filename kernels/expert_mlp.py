@@ -248,11 +248,13 @@ def _forward(
         padded=padded,
     )
     x_TD, w_up_EHD, w_down_EDI = _ready(x_TD), _ready(w_up_EHD), _ready(w_down_EDI)
-    h_NH, a_NI = run.up_projection(
-        x_TD, w_up_EHD, b_up_EH, routing, cast(Activation, activation), keep_hidden=keep_hidden
-    )
-    y_ND = run.down_projection(a_NI, w_down_EDI, b_down_ED, routing)
-    return run.sum_pairs(y_ND, routing.weights_N, routing), x_TD.new_empty(0) if h_NH is None else h_NH
+    with torch.cuda.device_of(x_TD):  # kernels are launched on the current device
+        h_NH, a_NI = run.up_projection(
+            x_TD, w_up_EHD, b_up_EH, routing, cast(Activation, activation), keep_hidden=keep_hidden
+        )
+        y_ND = run.down_projection(a_NI, w_down_EDI, b_down_ED, routing)
+        y_TD = run.sum_pairs(y_ND, routing.weights_N, routing)
+    return y_TD, x_TD.new_empty(0) if h_NH is None else h_NH
 
 
 @_forward.register_fake
@@ -314,27 +316,28 @@ def _backward(
     needs_x, needs_w_up, needs_w_down, needs_b_up, needs_b_down, needs_weights = needed
     gradients = [x_TD.new_empty(0) for _ in needed]
 
-    dh_NH, weighted_a_NI, dweights_N = run.hidden_gradient(
-        dy_TD, w_down_EDI, h_NH, routing.weights_N, routing, cast(Activation, activation)
-    )
-    if needs_w_down:
-        gradients[2] = run.down_weight_gradient(dy_TD, weighted_a_NI, routing)
-    del weighted_a_NI
-    if needs_w_up:
-        gradients[1] = run.up_weight_gradient(dh_NH, x_TD, routing)
-    if needs_x:
-        gradients[0] = run.sum_pairs(run.input_gradient(dh_NH, w_up_EHD, routing), None, routing)
-    if needs_b_up and b_up_EH is not None:
-        gradients[3] = run.sum_by_expert(dh_NH, routing).to(b_up_EH.dtype)
-    if needs_b_down and b_down_ED is not None:
-        weighted_dy_ND = dy_TD[routing.token_ids_N] * routing.weights_N[:, None].to(dy_TD.dtype)
-        gradients[4] = run.sum_by_expert(weighted_dy_ND, routing).to(b_down_ED.dtype)
-    if needs_weights:
-        if b_down_ED is not None:
-            accumulator = dweights_N.dtype
-            dy_b_TE = dy_TD.to(accumulator) @ b_down_ED.to(accumulator).t()
-            dweights_N = dweights_N + dy_b_TE[routing.token_ids_N, routing.expert_ids_N]
-        gradients[5] = dweights_N.to(weights_N.dtype)
+    with torch.cuda.device_of(x_TD):
+        dh_NH, weighted_a_NI, dweights_N = run.hidden_gradient(
+            dy_TD, w_down_EDI, h_NH, routing.weights_N, routing, cast(Activation, activation)
+        )
+        if needs_w_down:
+            gradients[2] = run.down_weight_gradient(dy_TD, weighted_a_NI, routing)
+        del weighted_a_NI
+        if needs_w_up:
+            gradients[1] = run.up_weight_gradient(dh_NH, x_TD, routing)
+        if needs_x:
+            gradients[0] = run.sum_pairs(run.input_gradient(dh_NH, w_up_EHD, routing), None, routing)
+        if needs_b_up and b_up_EH is not None:
+            gradients[3] = run.sum_by_expert(dh_NH, routing).to(b_up_EH.dtype)
+        if needs_b_down and b_down_ED is not None:
+            weighted_dy_ND = dy_TD[routing.token_ids_N] * routing.weights_N[:, None].to(dy_TD.dtype)
+            gradients[4] = run.sum_by_expert(weighted_dy_ND, routing).to(b_down_ED.dtype)
+        if needs_weights:
+            if b_down_ED is not None:
+                accumulator = dweights_N.dtype
+                dy_b_TE = dy_TD.to(accumulator) @ b_down_ED.to(accumulator).t()
+                dweights_N = dweights_N + dy_b_TE[routing.token_ids_N, routing.expert_ids_N]
+            gradients[5] = dweights_N.to(weights_N.dtype)
     return gradients
 
 

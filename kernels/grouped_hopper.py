@@ -24,7 +24,6 @@ from moetrain.kernels.routing import Routing
 from moetrain.kernels.tile_schedule import TileSchedule, tile_schedule
 
 __all__ = [
-    "ROWS_PER_TILE",
     "down_projection",
     "down_weight_gradient",
     "hidden_gradient",

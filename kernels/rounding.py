@@ -18,6 +18,9 @@ from torch import Tensor
 
 Rounding = Literal["nearest", "up", "down", "balanced"]
 
+TILE = 128
+"""A multiple of the rows of every kernel's tile: experts with multiples of it leave no tile partly empty."""
+
 
 def round_tokens(
     chosen_TE: Tensor, weights_TE: Tensor, tile: int, rounding: Rounding, allowed_TE: Tensor | None = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moetrain.config import RouterConfig
 from moetrain.kernels.float32_linear import float32_linear
-from moetrain.kernels.rounding import Rounding, keep_largest, most_pairs, round_tokens
+from moetrain.kernels.rounding import TILE, Rounding, keep_largest, most_pairs, round_tokens
 from moetrain.kernels.routing import Routing
 from moetrain.kernels.topk import SoftmaxPlace, topk_softmax
 
@@ -60,7 +60,7 @@ class Router(nn.Module):
         *,
         balance_group: dist.ProcessGroup | None = None,
         param_dtype: torch.dtype = torch.float32,
-        tile: int = 128,
+        tile: int = TILE,
     ):
         """`balance_group`: ranks over which `router.balance_scope: global` counts; None: this rank alone. `tile`: rows
         of a tile of the experts' kernel, to whose multiples `router.rounding` rounds."""

@@ -406,6 +406,22 @@ def test_strided_and_unaligned_tensors_are_copied() -> None:
         assert torch.equal(run(other, routing, "swiglu", "auto", biases=False), expected)
 
 
+@pytest.mark.gpu2
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_on_a_device_that_is_not_the_current_one(backend: str) -> None:
+    mask = random_mask(3, 300, 8, 2, "skewed")
+    tensors = random_tensors(3, 300, 256, 128, 8, "swiglu")
+    tensors["weights"] = torch.rand(int(mask.sum()), dtype=torch.float64)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        case = leaves(tensors, torch.bfloat16, device)
+        y = run(case, route(mask, case["weights"], "skewed", device), "swiglu", backend, biases=False)
+        y.sum().backward()
+        results.append([y.detach().cpu(), *(case[name].grad.cpu() for name in ("x", "w_up", "w_down"))])  # type: ignore[union-attr]
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.gpu
 def test_compiles_with_torch_compile() -> None:
     case, routing = gpu_layer()

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moetrain.kernels import Routing, rounding_triton
+from moetrain.kernels import Routing, grouped_hopper, grouped_triton, rounding_triton
 from moetrain.kernels.rounding import (
+    TILE,
     Rounding,
     keep_largest,
     most_pairs,
@@ -108,6 +109,11 @@ def test_the_last_tile_stays_open_where_tokens_run_out() -> None:
     scores = torch.rand(10, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([1.0, 0.0])
     rounded = round_tokens(topk_mask(scores, 1), scores, 4, "up")
     assert rounded.sum(0).tolist() == [10, 0]
+
+
+def test_the_tile_is_a_multiple_of_every_kernels() -> None:
+    assert all(TILE % config.BLOCK_M == 0 for (stage, _), config in grouped_triton.CONFIGS.items() if stage != "weight")
+    assert TILE % grouped_hopper.ROWS_PER_TILE == 0
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
