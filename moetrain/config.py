@@ -174,8 +174,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers: auto is bfloat16 on a GPU and float32 on a CPU. Norm statistics, router and loss are
     always float32."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Weights, gradients and Adam moments."""
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Weights, gradients and Adam moments. float64 is for comparisons: topologies then agree to 1e-10."""
     compile: bool = False
     """torch.compile the dense parts of every layer, and the loss."""
     max_bad_steps: int = 5

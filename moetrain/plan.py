@@ -13,7 +13,7 @@ from rich.table import Table
 from moetrain.config import Config, check_world
 from moetrain.flops import ParameterCount, TrainingFlops, flops_per_token, parameters
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ def make_plan(config: Config, world_size: int) -> Plan:
 
 
 def compute_dtype(config: Config) -> str:
-    """``train.dtype``; where that is auto, what it will be: float32 if ``run.device`` is cpu, bfloat16 otherwise."""
+    """``train.dtype``; where that is auto, what it will be: bfloat16 unless ``run.device`` is cpu."""
     if config.train.dtype != "auto":
         return config.train.dtype
-    return "float32" if config.run.device == "cpu" else "bfloat16"
+    if config.run.device != "cpu":
+        return "bfloat16"
+    return "float64" if config.train.param_dtype == "float64" else "float32"
 
 
 def activation_bytes(config: Config, dp: int = 1) -> int:

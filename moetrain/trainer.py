@@ -6,6 +6,7 @@ import fcntl
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,7 +207,8 @@ class Trainer:
     def _accumulate_gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, RoutingTotals]:
         """Gradients of this rank's share of the step; its part of the mean loss, and its routing statistics."""
         config = self.config
-        loss = torch.zeros((), device=self.mesh.device)
+        wide = torch.promote_types(self.model.compute_dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=self.mesh.device)
         routing = RoutingTotals(len(self.model.moe_layers), config.model.num_experts, self.mesh.device)
         for micro_step in range(self.accumulation):
             with self.throughput.data_loading():
@@ -408,8 +410,12 @@ class Trainer:
     def _stop_signals(self) -> Iterator[None]:
         """Note the signals that ask for an end; SIGTERM or SIGINT once more, later, acts as if this did not exist.
 
-        A job manager may signal a launcher and its workers alike, so that one request arrives here twice.
+        A job manager may signal a launcher and its workers alike, so that one request arrives here twice. Only the main
+        thread can listen; ranks of a mock world are others.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         first: dict[int, float] = {}
 

@@ -69,19 +69,21 @@ def environment_world_size() -> int:
 def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minutes: float = 10.0) -> Mesh:
     """Join the process group that the launcher describes in the environment (a group of one without a launcher).
 
-    `device`: "auto" takes GPU `LOCAL_RANK` where CUDA is available and the CPU elsewhere. Raises ValueError if tp or
-    ep does not divide the world size, or if a GPU is asked for and there is none for this rank.
+    `device`: "auto" takes GPU `LOCAL_RANK` where CUDA is available and the CPU elsewhere. A thread of a
+    :class:`moetrain.parallel.mock.MockWorld` belongs to its group already, and takes its device. Raises ValueError if
+    tp or ep does not divide the world size, or if a GPU is asked for and there is none for this rank.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = environment_world_size()
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if launched and world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where the others are")
+    mocked = dist.is_initialized() and dist.get_backend() == "mock"
+    if mocked:
+        rank, local_rank, world_size = dist.get_rank(), 0, dist.get_world_size()
+    else:
+        rank, local_rank, world_size = _environment()
     if world_size % tp or world_size % ep:
         raise ValueError(f"tp = {tp} and ep = {ep} must divide the world size of {world_size}")
 
-    if device == "auto":
+    if device == "auto" and mocked:
+        device = torch.get_default_device().type
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -92,14 +94,15 @@ def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minut
         target = torch.device("cpu")
 
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(
-        "nccl" if target.type == "cuda" else "gloo",
-        store=None if "MASTER_ADDR" in os.environ and launched else dist.HashStore(),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=target if target.type == "cuda" else None,
-    )
+    if not mocked:
+        dist.init_process_group(
+            "nccl" if target.type == "cuda" else "gloo",
+            store=None if {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys() else dist.HashStore(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=target if target.type == "cuda" else None,
+        )
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -118,8 +121,16 @@ def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minut
     )
 
 
+def _environment() -> tuple[int, int, int]:
+    """Rank, local rank and world size by the launcher's variables; ValueError if the other ranks cannot be found."""
+    world_size = environment_world_size()
+    if "RANK" in os.environ and world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where the others are")
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), world_size
+
+
 def _host_group(timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    group = dist.new_group(backend="mock" if dist.get_backend() == "mock" else "gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -22,8 +22,6 @@ from ranks import free_port, run_ranks
 
 from moetrain.checkpoint import read_manifest
 from moetrain.config import Config, from_dict, load_config, to_yaml
-from moetrain.data.build import build
-from moetrain.data.tokenizer import BytesTokenizer
 from moetrain.errors import CheckpointError, DataError, UserError
 from moetrain.evaluate import evaluate_command
 from moetrain.kernels import autotune
@@ -40,18 +38,6 @@ SMALL: dict[str, Any] = {
     "metrics": {"every": 1, "console": "none"},
     "run": {"device": "cpu"},
 }
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few thousand bytes of text, built once."""
-    folder = tmp_path_factory.mktemp("data")
-    for number in range(40):
-        text = "\n".join(f"{number + i} squared is {(number + i) ** 2}" for i in range(20))
-        (folder / f"{number:02}.txt").write_text(text)
-    out = folder / "built"
-    build([str(folder)], out, BytesTokenizer(), held_out_fraction=0.2, workers=1, progress=False)
-    return out
 
 
 def make_config(folder: Path, data: Path, *overrides: str) -> Config:

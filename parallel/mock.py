@@ -1,0 +1,410 @@
+"""Many ranks in one process: threads that compute real numbers on one device, with real collectives between them.
+
+    def work(factor):
+        x = torch.full((3,), float(dist.get_rank()))
+        dist.all_reduce(x)
+        return factor * x
+
+    results = MockWorld(4).run(work, 2)    # what each rank returned, in order
+
+Inside, `torch.distributed` works as usual: :func:`moetrain.parallel.create_mesh`, DeviceMesh, groups, uneven
+all-to-all, objects, autograd through collectives. A reduction adds in the order of the ranks, so results repeat bit for
+bit.
+
+A mistake of one rank becomes an error that says what the others were doing, not a hang: collectives check that all
+ranks of a group are in the same one, with shapes that fit.
+"""
+# torch.distributed calls a group's methods by position; torch's stubs have names for the arguments, some only by type.
+# mypy: disable-error-code="override, assignment, attr-defined, call-arg"
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ReduceOp, distributed_c10d
+
+# Process groups of each thread apart from those of the others, in the form that this torch expects.
+from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
+
+BACKEND = "mock"
+
+_worlds = threading.Lock()
+"""torch.distributed's table of groups belongs to one world at a time."""
+_this = threading.local()
+"""The rank that a thread is: .world, .rank."""
+
+
+class RankError(RuntimeError):
+    """An error of one rank, which is its cause; `rank` says which."""
+
+    def __init__(self, rank: int, size: int, error: BaseException) -> None:
+        first_line = (str(error).splitlines() or [""])[0]
+        super().__init__(f"rank {rank} of {size}: {type(error).__name__}: {first_line}")
+        self.rank = rank
+
+
+class CollectiveError(RuntimeError):
+    """Ranks that wait for one another in vain, or do not do the same."""
+
+
+class _Stopped(BaseException):
+    """Ends a rank that waits for one that has failed. Not an Exception: no handler of the code under test keeps it."""
+
+
+@dataclass
+class _Call:
+    """One collective of one group: what each rank brought, until all are there and one of them does the work."""
+
+    name: str
+    arrived: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    done: bool = False
+    error: str | None = None
+
+
+class MockWorld:
+    """`size` ranks on one device.
+
+    Parameters
+    ----------
+    size : number of ranks, at least 1
+    device : "cpu" or "cuda", the default device of all ranks; :func:`create_mesh` takes it where it is to choose
+    timeout : seconds that a rank waits in a collective for the others, and may go on for after another one failed
+
+    The ranks share what belongs to a process: torch's default generators (give one of your own to random functions),
+    environment variables, signals.
+    """
+
+    def __init__(self, size: int, device: str = "cpu", timeout: float = 60.0) -> None:
+        if size < 1:
+            raise ValueError(f"a world needs at least one rank, not {size}")
+        self.size = size
+        self.device = torch.device(device)
+        self.timeout = timeout
+        self._changed = threading.Condition()
+        self._calls: dict[tuple[str, int], _Call] = {}
+        self._where: list[str] = ["has not called a collective"] * size
+        self._failed = False
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call `function(*arguments)` on every rank; returns their results in order.
+
+        Raises :class:`RankError` with the first error of any rank, and :class:`CollectiveError` where ranks do not
+        come to an end. Worlds of one process run one after the other.
+        """
+        results: list[Any] = [None] * self.size
+        errors: list[tuple[int, BaseException]] = []
+        store = dist.HashStore()
+
+        def be(rank: int) -> None:
+            _this.world, _this.rank = self, rank
+            try:
+                # The threads of a process share autograd's workers, in which a collective would wait for itself.
+                with torch.autograd.set_multithreading_enabled(False), self._default_device():
+                    dist.init_process_group(
+                        BACKEND, store=store, rank=rank, world_size=self.size, timeout=timedelta(seconds=self.timeout)
+                    )
+                    results[rank] = function(*arguments)
+                self._at(rank, "has returned")
+            except _Stopped:
+                pass
+            except BaseException as error:
+                with self._changed:
+                    errors.append((rank, error))
+                    self._where[rank] = f"has raised {type(error).__name__}"
+                    self._failed = True
+                    self._changed.notify_all()
+
+        with _worlds:
+            self._calls.clear()
+            self._failed = False
+            self._where = ["has not called a collective"] * self.size
+            before = distributed_c10d._world
+            distributed_c10d._world = ThreadLocalWorld()
+            torch._C._distributed_c10d._set_thread_isolation_mode(True)
+            try:
+                threads = [
+                    threading.Thread(target=be, args=(rank,), name=f"rank {rank}", daemon=True)
+                    for rank in range(self.size)
+                ]
+                for thread in threads:
+                    thread.start()
+                self._join(threads)
+            finally:
+                torch._C._distributed_c10d._set_thread_isolation_mode(False)
+                distributed_c10d._world = before
+        if errors:
+            rank, error = errors[0]
+            if isinstance(error, CollectiveError):
+                raise error
+            raise RankError(rank, self.size, error) from error
+        return results
+
+    def _default_device(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.device.type == "cpu" else self.device
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait for all ranks, and after the first failure for as long as they may take to notice it."""
+        deadline: float | None = None
+        while any(thread.is_alive() for thread in threads):
+            if self._failed and deadline is None:
+                deadline = time.monotonic() + self.timeout
+            if deadline is not None and time.monotonic() > deadline:
+                return  # a rank computes, or waits for something else, without end: the error of the other one is told
+            for thread in threads:
+                thread.join(0.02)
+
+    def _at(self, rank: int, where: str) -> None:
+        with self._changed:
+            self._where[rank] = where
+            self._changed.notify_all()
+
+    def meet(self, group: _MockGroup, name: str, brought: Any, work: Callable[[list[Any]], None]) -> None:
+        """Bring `brought` to the group's next collective, and wait until the last rank to come has done the work."""
+        number = group.calls
+        group.calls += 1
+        ranks = group.ranks
+        what = f"{name}, number {number} of the group of ranks {ranks}"
+        with self._changed:
+            self._where[_this.rank] = f"is in {what}"
+            call = self._calls.setdefault((group.key, number), _Call(name))
+            call.arrived[group.rank()] = (name, brought)
+            if len(call.arrived) == len(ranks):
+                call.error = self._do(call, ranks, work)
+                call.done = True
+                del self._calls[group.key, number]
+                self._changed.notify_all()
+            else:
+                self._wait(call, ranks, what)
+            if call.error is not None:
+                raise CollectiveError(call.error)
+            self._where[_this.rank] = f"has left {what}"
+
+    def _do(self, call: _Call, ranks: list[int], work: Callable[[list[Any]], None]) -> str | None:
+        """Run the collective over what all ranks brought; why it cannot be, if so."""
+        names = {ranks[place]: name for place, (name, _) in sorted(call.arrived.items())}
+        if len(set(names.values())) > 1:
+            return "ranks are in different collectives: " + ", ".join(f"rank {r} in {n}" for r, n in names.items())
+        brought = [call.arrived[place][1] for place in range(len(ranks))]
+        try:
+            with torch.no_grad():
+                work(brought)
+        except Exception as error:
+            return f"{call.name} of ranks {ranks}: {error}"
+        return None
+
+    def _wait(self, call: _Call, ranks: list[int], what: str) -> None:
+        end = time.monotonic() + self.timeout
+        while not call.done:
+            if self._failed:
+                raise _Stopped
+            left = end - time.monotonic()
+            if left <= 0:
+                missing = [ranks[place] for place in range(len(ranks)) if place not in call.arrived]
+                told = "; ".join(f"rank {rank} {self._where[rank]}" for rank in missing)
+                raise CollectiveError(f"rank {_this.rank} waited {self.timeout:g} s in {what}, in vain: {told}")
+            self._changed.wait(left)
+
+
+class _Done(dist.Work):
+    """The handle of a collective that is over."""
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class _MockGroup(dist.ProcessGroup):
+    """A process group of threads, as torch.distributed calls it; each collective is over when it returns."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self.world: MockWorld = _this.world
+        self.calls = 0
+
+    @property
+    def key(self) -> str:
+        """The name that all members know the group by."""
+        return distributed_c10d._world.pg_names[self]
+
+    @property
+    def group_name(self) -> str:
+        return self.key
+
+    @property
+    def ranks(self) -> list[int]:
+        """The members' ranks in the world."""
+        return list(distributed_c10d._world.pg_group_ranks[self])
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    def _meet(self, name: str, brought: Any, work: Callable[[list[Any]], None]) -> dist.Work:
+        self.world.meet(self, name, brought, work)
+        return _Done()
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        op = ReduceOp.SUM if opts is None else opts.reduceOp
+
+        def work(brought: list[list[Tensor]]) -> None:
+            for column in zip(*brought, strict=True):
+                _same_shapes(column)
+                total = _reduce(column, op)
+                for tensor in column:
+                    tensor.copy_(total)
+
+        return self._meet("all_reduce", tensors, work)
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
+        return self.allreduce(tensors, opts)
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+        def work(brought: list[list[Tensor]]) -> None:
+            column = [tensors[0] for tensors in brought]
+            _same_shapes(column)
+            column[opts.rootRank].copy_(_reduce(column, opts.reduceOp))
+
+        return self._meet("reduce", tensors, work)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+        def work(brought: list[list[Tensor]]) -> None:
+            for column in zip(*brought, strict=True):
+                _same_shapes(column)
+                for place, tensor in enumerate(column):
+                    if place != opts.rootRank:
+                        tensor.copy_(column[opts.rootRank])
+
+        return self._meet("broadcast", tensors, work)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        def work(brought: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
+            for outputs, _ in brought:
+                for output, (_, inputs) in zip(outputs[0], brought, strict=True):
+                    _copy(output, inputs[0])
+
+        return self._meet("all_gather", (outputs, inputs), work)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        return self.allgather([list(output.view(-1).chunk(self.size()))], [input.reshape(-1)], opts)
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        for output, input in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, input)
+        return _Done()
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> dist.Work:
+        def work(brought: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
+            for output, (_, inputs) in zip(brought[opts.rootRank][0][0], brought, strict=True):
+                _copy(output, inputs[0])
+
+        return self._meet("gather", (outputs, inputs), work)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
+        def work(brought: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
+            for (outputs, _), input in zip(brought, brought[opts.rootRank][1][0], strict=True):
+                _copy(outputs[0], input)
+
+        return self._meet("scatter", (outputs, inputs), work)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
+        op = ReduceOp.SUM if opts is None else opts.reduceOp
+
+        def work(brought: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
+            totals = [_reduce(pieces, op) for pieces in zip(*(inputs[0] for _, inputs in brought), strict=True)]
+            for (outputs, _), total in zip(brought, totals, strict=True):
+                _copy(outputs[0], total)
+
+        return self._meet("reduce_scatter", (outputs, inputs), work)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        return self.reduce_scatter([output.view(-1)], [list(input.reshape(-1).chunk(self.size()))], opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        for output, input in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, input, opts)
+        return _Done()
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        def work(brought: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+            for destination, (outputs, _) in enumerate(brought):
+                for output, (_, inputs) in zip(outputs, brought, strict=True):
+                    _copy(output, inputs[destination])
+
+        return self._meet("all_to_all", (outputs, inputs), work)
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> dist.Work:
+        return self.alltoall(_pieces(output, output_splits, self.size()), _pieces(input, input_splits, self.size()))
+
+    alltoall_base = all_to_all_single
+
+    def barrier(self, opts: Any = None) -> dist.Work:
+        return self._meet("barrier", None, lambda brought: None)
+
+
+_PAIRWISE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    ReduceOp.SUM: torch.add,
+    ReduceOp.AVG: torch.add,
+    ReduceOp.PRODUCT: torch.mul,
+    ReduceOp.MAX: torch.maximum,
+    ReduceOp.MIN: torch.minimum,
+}
+
+
+def _reduce(column: Sequence[Tensor], op: Any) -> Tensor:
+    """The reduction of one tensor a rank, in the order of the ranks."""
+    op = getattr(op, "op", op)  # options hold a kind with its parameters
+    if op not in _PAIRWISE:
+        raise NotImplementedError(f"the mock world has no reduction by {op}")
+    total = column[0].clone()
+    for other in column[1:]:
+        total = _PAIRWISE[op](total, other)
+    return total / len(column) if op == ReduceOp.AVG else total
+
+
+def _same_shapes(column: Sequence[Tensor]) -> None:
+    kinds = [(list(tensor.shape), tensor.dtype) for tensor in column]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError("tensors differ: " + ", ".join(f"{shape} {dtype}" for shape, dtype in kinds))
+
+
+def _copy(output: Tensor, input: Tensor) -> None:
+    if output.shape != input.shape or output.dtype != input.dtype:
+        raise ValueError(
+            f"one rank sends {list(input.shape)} {input.dtype}, another expects {list(output.shape)} {output.dtype}"
+        )
+    output.copy_(input)
+
+
+def _pieces(tensor: Tensor, splits: list[int], size: int) -> list[Tensor]:
+    """Along the first dimension: the splits, or equal parts."""
+    return list(tensor.split(splits) if splits else tensor.chunk(size))
+
+
+def _create_group(store: Any, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    return _MockGroup(rank, size)
+
+
+dist.Backend.register_backend(BACKEND, _create_group, devices=["cpu", "cuda"])

@@ -1,0 +1,300 @@
+"""The mock world: collectives by their definitions, errors that name ranks, and training steps on every topology."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_dispatch import compare_with_one_rank
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from moetrain.config import Config, from_dict
+from moetrain.data import Loader
+from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
+from moetrain.parallel.mock import CollectiveError, MockWorld, RankError
+from moetrain.trainer import Trainer
+
+
+def test_results_come_in_order_and_nothing_is_left() -> None:
+    assert MockWorld(3).run(lambda x: (dist.get_rank(), dist.get_world_size(), x), "x") == [
+        (0, 3, "x"),
+        (1, 3, "x"),
+        (2, 3, "x"),
+    ]
+    assert MockWorld(1).run(dist.get_backend) == ["mock"]
+    assert not dist.is_initialized()
+
+
+def every_collective() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = torch.arange(size * 2, dtype=torch.float64).view(size, 2) + 100 * rank
+    of_all = torch.arange(size * 2, dtype=torch.float64).view(size, 2) + 100 * torch.arange(size).view(size, 1, 1)
+
+    for op, expected in (
+        (dist.ReduceOp.SUM, of_all.sum(0)),
+        (dist.ReduceOp.AVG, of_all.mean(0)),
+        (dist.ReduceOp.MAX, of_all.amax(0)),
+        (dist.ReduceOp.MIN, of_all.amin(0)),
+        (dist.ReduceOp.PRODUCT, of_all.prod(0)),
+    ):
+        x = mine.clone()
+        dist.all_reduce(x, op)
+        assert torch.equal(x, expected)
+        x = mine.clone()
+        dist.reduce(x, 1, op)
+        assert torch.equal(x, expected if rank == 1 else mine)
+
+    x = mine.clone()
+    dist.broadcast(x, 2)
+    assert torch.equal(x, of_all[2])
+    gathered = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(gathered, mine)
+    assert torch.equal(torch.stack(gathered), of_all)
+    x = torch.empty(size * size, 2, dtype=torch.float64)
+    dist.all_gather_into_tensor(x, mine)
+    assert torch.equal(x.view(size, size, 2), of_all)
+    x = torch.empty(2, dtype=torch.float64)
+    dist.reduce_scatter(x, list(mine.clone()))
+    assert torch.equal(x, of_all.sum(0)[rank])
+    x = torch.empty(1, 2, dtype=torch.float64)
+    dist.reduce_scatter_tensor(x, mine)
+    assert torch.equal(x[0], of_all.sum(0)[rank])
+    dist.gather(mine, gathered if rank == 0 else None, dst=0)
+    x = torch.empty(2, dtype=torch.float64)
+    dist.scatter(x, list(mine.clone()) if rank == 1 else None, src=1)
+    assert torch.equal(x, of_all[1, rank])
+    pieces = [torch.empty(2, dtype=torch.float64) for _ in range(size)]
+    dist.all_to_all(pieces, list(mine.clone()))
+    assert torch.equal(torch.stack(pieces), of_all[:, rank])
+    x = torch.empty_like(mine)
+    dist.all_to_all_single(x, mine)
+    assert torch.equal(x, of_all[:, rank])
+    # Uneven: rank r sends s rows to rank s, also none.
+    rows = torch.full((sum(range(size)), 1), float(rank))
+    x = torch.empty(rank * size, 1)
+    dist.all_to_all_single(x, rows, [rank] * size, list(range(size)))
+    assert torch.equal(x[:, 0], torch.arange(size).repeat_interleave(rank).float())
+
+    objects: list[Any] = [None] * size
+    dist.all_gather_object(objects, {"rank": rank})
+    assert objects == [{"rank": other} for other in range(size)]
+    dist.barrier()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("size", [3, 4])
+def test_every_collective(size: int) -> None:
+    MockWorld(size).run(every_collective)
+
+
+def groups_and_meshes() -> None:
+    rank = dist.get_rank()
+    even = dist.new_group([0, 2, 4])
+    x = torch.tensor([rank])
+    if rank % 2 == 0:
+        dist.all_reduce(x, group=even)
+        assert x.item() == 6
+    mesh = DeviceMesh("cpu", torch.arange(6).view(2, 3), mesh_dim_names=("outer", "inner"))
+    x = torch.tensor([rank])
+    dist.all_reduce(x, group=mesh.get_group("inner"))
+    assert x.item() == (3 if rank < 3 else 12)
+    x = torch.tensor([rank])
+    dist.broadcast(x, src=rank % 3 + 3, group=mesh.get_group("outer"))
+    assert x.item() == rank % 3 + 3
+
+
+def test_groups_and_meshes() -> None:
+    MockWorld(6).run(groups_and_meshes)
+
+
+def test_autograd_through_dispatch_and_combine() -> None:
+    MockWorld(4).run(compare_with_one_rank)
+
+
+def test_an_error_of_one_rank_is_raised_with_its_rank_and_ends_the_others() -> None:
+    ended = []
+
+    def fail() -> None:
+        try:
+            if dist.get_rank() == 2:
+                raise ValueError("no such expert\nin detail")
+            dist.barrier()
+        finally:
+            ended.append(dist.get_rank())
+
+    with pytest.raises(RankError, match=r"^rank 2 of 4: ValueError: no such expert$") as caught:
+        MockWorld(4).run(fail)
+    assert caught.value.rank == 2
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert MockWorld(2).run(dist.get_rank) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: None, r"rank 0 waited 0.3 s in all_reduce.*\[0, 1, 2\], in vain: rank 1 has returned"),
+        (dist.barrier, "ranks are in different collectives: rank 0 in all_reduce, rank 1 in barrier, rank 2 in all_re"),
+        (lambda: dist.all_reduce(torch.ones(3)), r"tensors differ: \[2\] torch.float32, \[3\] torch.float32"),
+        (lambda: time.sleep(1), "rank 1 has not called a collective"),
+    ],
+)
+def test_ranks_that_do_not_do_the_same_are_told(other: Any, message: str) -> None:
+    def disagree() -> None:
+        if dist.get_rank() == 1:
+            other()
+        else:
+            dist.all_reduce(torch.ones(2))
+
+    with pytest.raises(CollectiveError, match=message):
+        MockWorld(3, timeout=0.3).run(disagree)
+
+
+def test_decisions_of_all_ranks() -> None:
+    def decide() -> list[int]:
+        mesh = create_mesh(device="cpu")
+        return on_all_ranks(lambda: mesh.rank + 5, mesh.host_group)
+
+    assert MockWorld(2).run(decide) == [[5, 6], [5, 6]]
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+STEPS = 5
+Numbers = tuple[list[tuple[float, float]], dict[str, Tensor]]
+
+
+def config_of(folder: Path, data: Path, *overrides: str) -> Config:
+    """A little of everything: dense and MoE layers, shared experts, query groups, biased choice, two losses."""
+    return from_dict(
+        {
+            "model": {
+                "dim": 16,
+                "n_layers": 3,
+                "n_heads": 4,
+                "n_kv_heads": 2,
+                "num_experts": 8,
+                "expert_dim": 16,
+                "shared_dim": 16,
+                "first_dense_layers": 1,
+                "qk_norm": "head",
+            },
+            "router": {"top_k": 3, "score": "sigmoid", "normalize": True, "bias_update_rate": 0.01},
+            "data": {"path": str(data), "seq_len": 16},
+            "train": {"steps": STEPS, "tokens_per_step": 512, "param_dtype": "float64", "seed": 3},
+            "optim": {"lr": 5e-3, "warmup_steps": 2, "clip_norm": 0.5},
+            "checkpoint": {"every": 0, "resume": "never"},
+            "eval": {"every": 0, "tokens": 256},
+            "metrics": {"every": 1, "console": "none"},
+            "run": {"dir": str(folder), "device": "cpu"},
+        },
+        overrides,
+    )
+
+
+def train(config: Config) -> Numbers:
+    """Loss and gradient norm of each step; weights, Adam's moments and router biases at the end, of this rank."""
+    mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
+    trainer = Trainer(config, mesh)
+    seen: list[tuple[float, float]] = []
+
+    def report(loss: Tensor, norm: Tensor, *_: Any) -> None:
+        dist.all_reduce(loss)
+        seen.append((float(loss), float(norm)))
+
+    trainer._report = report  # type: ignore[method-assign]
+    loader = Loader(
+        split=trainer.dataset.train,
+        seq_len=config.data.seq_len,
+        micro_batch=config.micro_batch(mesh.dp),
+        accumulation=trainer.accumulation,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp,
+        seed=config.train.seed,
+        end_of_document=trainer.dataset.end_of_document,
+        mask_documents=config.data.mask_documents,
+        prefetch=1,
+        pin=False,
+    )
+    try:
+        batches = iter(loader)
+        for _ in range(STEPS):
+            trainer._step(batches)
+    finally:
+        loader.close()
+        trainer.checkpointer.close()
+        if trainer.logger is not None:
+            trainer.logger.close()
+    state = dict(trainer.model.state_dict())
+    for name, parameter in trainer.model.named_parameters():
+        state[f"{name} exp_avg"] = trainer.optimizer.state[parameter]["exp_avg"]
+        state[f"{name} exp_avg_sq"] = trainer.optimizer.state[parameter]["exp_avg_sq"]
+    destroy_mesh()
+    return seen, state
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dict[str, Numbers]:
+    """What one rank that takes all of a step at once gets, by the scope of the balance loss."""
+    return {
+        scope: MockWorld(1).run(
+            train,
+            config_of(
+                tmp_path_factory.mktemp("one"), data_folder, "train.micro_batch=32", f"router.balance_scope={scope}"
+            ),
+        )[0]
+        for scope in ("global", "sequence")
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ep", "micro_batch", "recompute"),
+    [
+        (1, 1, 8, "none"),
+        (1, 1, 8, "full"),
+        (2, 1, 16, "none"),
+        (2, 2, 16, "none"),
+        (2, 2, 4, "selective"),
+        (4, 1, 8, "none"),
+        (4, 2, 8, "full"),
+        (4, 4, 8, "none"),
+        (4, 4, 2, "none"),
+        (8, 2, 4, "none"),
+        (8, 4, 4, "selective"),
+        (8, 8, 4, "none"),
+        (8, 8, 2, "full"),
+    ],
+)
+def test_training_does_not_depend_on_the_topology(
+    tmp_path: Path,
+    data_folder: Path,
+    one_rank: dict[str, Numbers],
+    ranks: int,
+    ep: int,
+    micro_batch: int,
+    recompute: str,
+) -> None:
+    """In float64, so that neither a wrong scale nor a lost token can hide behind rounding."""
+    # Over micro-batches that come one after the other, the global balance loss sees those so far: another loss.
+    scope = "global" if ranks * micro_batch == 32 else "sequence"
+    config = config_of(
+        tmp_path,
+        data_folder,
+        f"parallel.ep={ep}",
+        f"train.micro_batch={micro_batch}",
+        f"train.activation_checkpointing.mode={recompute}",
+        f"router.balance_scope={scope}",
+    )
+    numbers, expected = one_rank[scope]
+    for rank, (seen, state) in enumerate(MockWorld(ranks).run(train, config)):
+        for there, here in zip(seen, numbers, strict=True):
+            assert there == pytest.approx(here, rel=1e-10)
+        for name, tensor in state.items():
+            reference = expected[name].chunk(ep)[rank % ep] if ".ffn.experts." in name else expected[name]
+            assert tensor.shape == reference.shape
+            assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
