@@ -138,7 +138,7 @@ def test_an_error_of_one_rank_is_raised_with_its_rank_and_ends_the_others() -> N
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: None, r"rank 0 waited 0.3 s in all_reduce.*\[0, 1, 2\], in vain: rank 1 has returned"),
+        (lambda: None, r"rank [02] waited 0.3 s in all_reduce.*\[0, 1, 2\], in vain: rank 1 has returned"),
         (dist.barrier, "ranks are in different collectives: rank 0 in all_reduce, rank 1 in barrier, rank 2 in all_re"),
         (lambda: dist.all_reduce(torch.ones(3)), r"tensors differ: \[2\] torch.float32, \[3\] torch.float32"),
         (lambda: time.sleep(1), "rank 1 has not called a collective"),
