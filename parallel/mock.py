@@ -32,9 +32,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
-# Process groups of each thread apart from those of the others, in the form that this torch expects.
-from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
-
 BACKEND = "mock"
 
 _worlds = threading.Lock()
@@ -58,6 +55,22 @@ class CollectiveError(RuntimeError):
 
 class _Stopped(BaseException):
     """Ends a rank that waits for one that has failed. Not an Exception: no handler of the code under test keeps it."""
+
+
+class _Groups(threading.local):
+    """What torch.distributed knows of the process groups (its ``_World``), once for each thread."""
+
+    def __init__(self) -> None:
+        self.default_pg = None
+        self.pg_map: dict[Any, Any] = {}
+        self.pg_names: dict[Any, str] = {}
+        self.pg_group_ranks: dict[Any, dict[int, int]] = {}
+        self.pg_backend_config: dict[Any, str] = {}
+        self.group_count = 0
+        self.tags_to_pg: dict[str, list[Any]] = {}
+        self.pg_to_tag: dict[Any, str] = {}
+        self.pg_coalesce_state: dict[Any, Any] = {}
+        self.comms: list[Any] = []
 
 
 @dataclass
@@ -128,7 +141,7 @@ class MockWorld:
             self._failed = False
             self._where = ["has not called a collective"] * self.size
             before = distributed_c10d._world
-            distributed_c10d._world = ThreadLocalWorld()
+            distributed_c10d._world = _Groups()
             torch._C._distributed_c10d._set_thread_isolation_mode(True)
             try:
                 threads = [
