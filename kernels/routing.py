@@ -60,9 +60,10 @@ class Routing:
 
     def trimmed(self) -> Routing:
         """The same without padding. Waits for the device once if this is padded."""
-        if not self.padded:
-            return self
-        pairs = int(self.expert_offsets[-1])
+        return self.trimmed_to(int(self.expert_offsets[-1])) if self.padded else self
+
+    def trimmed_to(self, pairs: int) -> Routing:
+        """The same without padding, of which the caller knows that it has so many pairs."""
         return replace(
             self,
             token_ids_N=self.token_ids_N[:pairs],

@@ -255,6 +255,11 @@ class Decoder(nn.Module):
             activation=model.activation,
         )
 
+    @property
+    def dispatch_bytes(self) -> int:
+        """Bytes that this rank's MoE layers have sent to other ranks so far, forward and backward."""
+        return sum(cast(MoE, self.blocks[layer].ffn).dispatcher.bytes_sent for layer in self.moe_layers)
+
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order."""
         return [cast(MoE, self.blocks[layer].ffn).router for layer in self.moe_layers]

@@ -105,6 +105,8 @@ class Trainer:
         self.stop_requested = False
         self.saved_step: int | None = None
         self.checkpoint_stall = 0.0
+        self.dispatch_bytes = 0
+        """Sent by this rank's MoE layers in the last step."""
         self.changes: list[str] = []
         self.logger: MetricsLogger | None = None
 
@@ -188,7 +190,9 @@ class Trainer:
         """Forward and backward over the micro-batches, one update, and the report."""
         config, progress = self.config, self.progress
         self.model.train()
+        sent_before = self.model.dispatch_bytes
         loss, routing = self._accumulate_gradients(batches)
+        self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         reduce_gradients(self.dense_parameters, self.expert_parameters, self.mesh)
         norm = gradient_norm(self.dense_parameters, self.expert_parameters, self.mesh)
         lr = learning_rate(progress.step, config.train.steps, config.optim)
@@ -283,6 +287,10 @@ class Trainer:
                 total.added_L.cpu(),
                 self._router_biases(),
             )
+        if self.mesh.ep > 1:
+            sent = torch.tensor(self.dispatch_bytes, device=self.mesh.device)
+            dist.all_reduce(sent)
+            values["moe/dispatch_bytes"] = float(sent)
         if self.logger is not None:
             self.logger.log(self.progress.step, values)
 

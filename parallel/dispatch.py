@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.kernels import Routing
+from moetrain.kernels import Routing, choose_backend
+from moetrain.kernels.expert_mlp import stages
 
 
 @dataclass(frozen=True)
 class WayBack:
     """What combine needs to know of a dispatch."""
 
-    num_tokens: int
-    token_ids_S: Tensor
-    """int64: the token of each row this rank sent."""
+    rows: Routing
+    """The S rows that this rank sent: "pairs" of its tokens and the ranks that they went to."""
     rows_sent: list[int]
     rows_received: list[int]
     """Rows to and from each rank of the group."""
@@ -43,6 +43,9 @@ class Dispatched:
 class Dispatcher(Protocol):
     """Moves tokens to their experts and results back."""
 
+    bytes_sent: int
+    """What this rank has sent to others so far, forward and backward, without the splits themselves."""
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched: ...
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor: ...
@@ -50,6 +53,8 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     """All experts are on this rank: nothing moves."""
+
+    bytes_sent = 0
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         return Dispatched(x_TD, routing, None)
@@ -59,15 +64,12 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Expert e lives on rank e // (E / ep) of `group`.
-
-    A dispatch waits for the device twice: for the number of distinct rows, and for the splits; and once more for the
-    number of pairs of a padded routing.
-    """
+    """Expert e lives on rank e // (E / ep) of `group`. A dispatch waits for the device once, for the splits."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.ep = group.size()
+        self.bytes_sent = 0
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Send each token's row once to every rank that holds one of its experts.
@@ -75,69 +77,104 @@ class AllToAllDispatcher:
         The routing of the result is over this rank's E / ep experts, its tokens are the R received rows; rows of
         x and the weights carry gradients back to their source.
         """
-        routing = routing.trimmed()
         experts = routing.num_experts // self.ep
-        counts_E = routing.counts_E.to(torch.int64)
-        # Pairs are sorted by expert, so pairs of one destination are neighbours; a row is a distinct
-        # (destination, token), and `unique` numbers the rows in just that order.
-        expert_ids_N = torch.arange(routing.num_experts, device=x_TD.device).repeat_interleave(
-            counts_E, output_size=routing.num_pairs
-        )
+        expert_ids_N = routing.expert_ids_N
         destination_N = expert_ids_N // experts
-        rows_S, row_of_pair_N = torch.unique(
-            destination_N * routing.num_tokens + routing.token_ids_N, return_inverse=True
-        )
-        token_ids_S = rows_S % routing.num_tokens
-        rows_to = torch.zeros_like(counts_E[: self.ep]).index_add_(
-            0, rows_S // routing.num_tokens, torch.ones_like(rows_S)
-        )
-        pairs_to = counts_E.view(self.ep, experts).sum(1)
+        reached_TP = _reached(routing, destination_N, self.ep)
+        most_rows = routing.num_tokens * min(self.ep, routing.pairs_per_token or self.ep)
+        rows = Routing.from_mask(reached_TP, reached_TP.float(), most_rows)
 
-        sizes = torch.stack([rows_to, pairs_to], 1)
+        pairs_to = routing.expert_offsets[::experts].diff()
+        sizes = torch.stack([rows.counts_E, pairs_to], 1)
         sizes_received = torch.empty_like(sizes)
         dist.all_to_all_single(sizes_received, sizes, group=self.group)
         rows_sent, pairs_sent, rows_received, pairs_received = torch.cat([sizes, sizes_received], 1).t().tolist()
+        rows = rows.trimmed_to(sum(rows_sent))
 
-        x_RD = _AllToAll.apply(x_TD[token_ids_S], rows_sent, rows_received, self.group)
-        first_row_to = rows_to.cumsum(0) - rows_to
-        pairs = torch.stack([row_of_pair_N - first_row_to[destination_N], expert_ids_N % experts], 1)
-        pairs = _AllToAll.apply(pairs, pairs_sent, pairs_received, self.group)
-        weights = _AllToAll.apply(routing.weights_N, pairs_sent, pairs_received, self.group)
+        # Pairs are sorted by expert, so pairs of one destination are neighbours, and so are its rows.
+        pairs = slice(sum(pairs_sent))
+        row_of_pair_N = (reached_TP.cumsum(0, dtype=torch.int32) - 1)[routing.token_ids_N, destination_N]
+        indices = torch.stack([row_of_pair_N, (expert_ids_N % experts).to(torch.int32)], 1)[pairs]
+        x_RD = self._exchange(_GatherRows.apply(x_TD, rows), rows_sent, rows_received)
+        indices = self._exchange(indices, pairs_sent, pairs_received)
+        weights = self._exchange(routing.weights_N[pairs], pairs_sent, pairs_received)
 
         # Row numbers arrive relative to their source's block.
-        rows_from = sizes_received[:, 0]
+        rows_from, pairs_from = sizes_received.unbind(1)
         first_row_from = (rows_from.cumsum(0) - rows_from).repeat_interleave(
-            sizes_received[:, 1], output_size=sum(pairs_received)
+            pairs_from, output_size=sum(pairs_received)
         )
-        local = Routing.from_pairs(pairs[:, 0] + first_row_from, pairs[:, 1], weights, x_RD.shape[0], experts)
-        return Dispatched(x_RD, local, WayBack(routing.num_tokens, token_ids_S, rows_sent, rows_received))
+        local = Routing.from_pairs(indices[:, 0] + first_row_from, indices[:, 1], weights, x_RD.shape[0], experts)
+        return Dispatched(x_RD, local, WayBack(rows, rows_sent, rows_received))
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Return each row's weighted sum to its source and add the rows of each token: [R, D] → [T, D]."""
         way = dispatched.way_back
         assert way is not None, "these rows were not dispatched by this dispatcher"
-        y_SD = _AllToAll.apply(y_RD, way.rows_received, way.rows_sent, self.group)
-        accumulator = torch.promote_types(y_SD.dtype, torch.float32)
-        y_TD = torch.zeros(way.num_tokens, y_SD.shape[1], dtype=accumulator, device=y_SD.device)
-        return y_TD.index_add(0, way.token_ids_S, y_SD.to(accumulator)).to(y_SD.dtype)
+        return _SumRows.apply(self._exchange(y_RD, way.rows_received, way.rows_sent), way.rows)
+
+    def _exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return _AllToAll.apply(x, send, receive, self)
+
+    def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Rows to and from each rank of the group, counted; without autograd."""
+        # A strided input would be read as if it were contiguous: wrong numbers, no error.
+        x = x.contiguous()
+        output = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(output, x, receive, send, group=self.group)
+        self.bytes_sent += (sum(send) - send[self.group.rank()]) * x.shape[1:].numel() * x.element_size()
+        return output
+
+
+def _reached(routing: Routing, destination_N: Tensor, ranks: int) -> Tensor:
+    """bool [T, ranks]: whether any pair of a token goes to a rank."""
+    number_N = torch.arange(routing.num_pairs, dtype=torch.int32, device=destination_N.device)
+    exists_N = (number_N < routing.expert_offsets[-1]).to(torch.int32)
+    counts_X = torch.zeros(routing.num_tokens * ranks, dtype=torch.int32, device=destination_N.device)
+    counts_X.index_add_(0, routing.token_ids_N * ranks + destination_N, exists_N)
+    return counts_X.view(routing.num_tokens, ranks) > 0
+
+
+def _sum_rows(y_SD: Tensor, rows: Routing) -> Tensor:
+    """The rows of each token added up, in a fixed order on a GPU: [S, D] → [T, D]."""
+    width = y_SD.shape[1]
+    return stages(choose_backend("auto", y_SD.device, y_SD.dtype, width, width)).sum_pairs(y_SD, None, rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    """x[token] of each row; the transpose of :class:`_SumRows`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows: Routing) -> Tensor:
+        ctx.rows = rows
+        return x_TD.index_select(0, rows.token_ids_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_rows(grads[0].contiguous(), ctx.rows), None
+
+
+class _SumRows(torch.autograd.Function):
+    """The sum of each token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SD: Tensor, rows: Routing) -> Tensor:
+        ctx.rows = rows
+        return _sum_rows(y_SD, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.rows.token_ids_N), None
 
 
 class _AllToAll(torch.autograd.Function):
     """All-to-all of rows with uneven splits; the backward is the same with the splits exchanged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(x, send, receive, group)
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], via: AllToAllDispatcher) -> Tensor:
+        ctx.send, ctx.receive, ctx.via = send, receive, via
+        return via.all_to_all(x, send, receive)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    # A strided input would be read as if it were contiguous: wrong numbers, no error.
-    x = x.contiguous()
-    output = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(output, x, receive, send, group=group)
-    return output
+        return ctx.via.all_to_all(grads[0], ctx.receive, ctx.send), None, None, None

@@ -19,7 +19,8 @@ def test_dispatch_over_four_ranks_equals_one_rank() -> None:
 
 def compare_with_one_rank() -> None:
     mesh = create_mesh(ep=4, device="cpu")
-    for reachable in (EXPERTS, 4):  # with 4, the experts of the upper two ranks get no row at all
+    for reachable, padded in ((EXPERTS, False), (4, False), (EXPERTS, True)):
+        # With 4 reachable experts those of the upper two ranks get no row at all.
         generator = torch.Generator().manual_seed(reachable)  # the same weights on all ranks
         w_gate_up = torch.randn(EXPERTS, 2 * INNER, DIM, dtype=torch.float64, generator=generator)
         w_down = torch.randn(EXPERTS, DIM, INNER, dtype=torch.float64, generator=generator)
@@ -29,7 +30,7 @@ def compare_with_one_rank() -> None:
         weights_TK = torch.rand(TOKENS, TOP_K, dtype=torch.float64, generator=generator)
 
         leaves = [tensor.clone().requires_grad_() for tensor in (x_TD, weights_TK, w_gate_up, w_down)]
-        expected = expert_mlp(leaves[0], leaves[2], leaves[3], Routing.from_topk(ids_TK, leaves[1], EXPERTS))
+        expected = expert_mlp(leaves[0], leaves[2], leaves[3], route(ids_TK, leaves[1], padded))
         expected.square().sum().backward()
         for weight in leaves[2:]:  # all ranks' tokens reach every expert
             assert weight.grad is not None
@@ -39,19 +40,33 @@ def compare_with_one_rank() -> None:
         local = [x_TD, weights_TK, w_gate_up[mine], w_down[mine]]
         local = [tensor.clone().requires_grad_() for tensor in local]
         dispatcher = AllToAllDispatcher(mesh.ep_group)
-        dispatched = dispatcher.dispatch(local[0], Routing.from_topk(ids_TK, local[1], EXPERTS))
+        dispatched = dispatcher.dispatch(local[0], route(ids_TK, local[1], padded))
         y_RD = expert_mlp(dispatched.x_RD, local[2], local[3], dispatched.routing)
         y_TD = dispatcher.combine(y_RD, dispatched)
         y_TD.square().sum().backward()
 
         assert dispatched.way_back is not None
-        assert dispatched.way_back.rows_sent == distinct_rows(ids_TK)
+        rows_sent, rows_received = dispatched.way_back.rows_sent, dispatched.way_back.rows_received
+        assert rows_sent == distinct_rows(ids_TK)
+        # Rows go out and come back, and so do their gradients; a pair is two int32 and a float64, its gradient another.
+        pairs_out, pairs_in = ((ids_TK // 2) != mesh.rank).sum(), dispatched.routing.num_pairs
+        pairs_in -= int(((ids_TK // 2) == mesh.rank).sum())
+        rows = sum(rows_sent) - rows_sent[mesh.rank] + sum(rows_received) - rows_received[mesh.rank]
+        assert dispatcher.bytes_sent == 2 * rows * DIM * 8 + pairs_out * (2 * 4 + 8) + pairs_in * 8
         torch.testing.assert_close(y_TD, expected, rtol=1e-12, atol=0)
         for name, leaf, reference in zip(("x", "weights", "w_gate_up", "w_down"), local, leaves, strict=True):
             assert leaf.grad is not None
             assert reference.grad is not None
             theirs = reference.grad[mine] if name.startswith("w_") else reference.grad
             assert float((leaf.grad - theirs).norm()) <= 1e-13 * max(1.0, float(theirs.norm())), name
+
+
+def route(ids_TK: Tensor, weights_TK: Tensor, padded: bool) -> Routing:
+    if not padded:
+        return Routing.from_topk(ids_TK, weights_TK, EXPERTS)
+    weights_TE = torch.zeros(TOKENS, EXPERTS, dtype=weights_TK.dtype).scatter(1, ids_TK, weights_TK)
+    chosen_TE = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool).scatter(1, ids_TK, True)
+    return Routing.from_mask(chosen_TE, weights_TE, TOKENS * TOP_K + 7)
 
 
 def distinct_rows(ids_TK: Tensor) -> list[int]:

@@ -386,6 +386,7 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_topology(tmp_path: Path,
     for folder, _ in topologies:
         for step, values_there in numbers(folder).items():
             assert values_there == pytest.approx(expected[step], rel=5e-6), (folder, step)
+        assert ("moe/dispatch_bytes" in metrics(folder)[11]) == (not folder.endswith("ep1"))
         assert metrics(folder)[11]["heldout/loss"] == pytest.approx(
             metrics(tmp_path / "one")[11]["heldout/loss"], rel=5e-6
         )
