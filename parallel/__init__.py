@@ -1,7 +1,13 @@
 """Device mesh, token dispatch and gradient reduction."""
 
 from moetrain.parallel.agreement import any_rank, first_on_each_node, on_all_ranks, on_rank_0, raise_together
-from moetrain.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
+from moetrain.parallel.dispatch import (
+    AllToAllDispatcher,
+    Dispatched,
+    Dispatcher,
+    LocalDispatcher,
+    PairDispatcher,
+)
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
 
@@ -11,6 +17,7 @@ __all__ = [
     "Dispatcher",
     "LocalDispatcher",
     "Mesh",
+    "PairDispatcher",
     "any_rank",
     "clip_gradients",
     "create_mesh",

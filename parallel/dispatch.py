@@ -24,7 +24,7 @@ class WayBack:
     """What combine needs to know of a dispatch."""
 
     rows: Routing
-    """The S rows that this rank sent: "pairs" of its tokens and the ranks that they went to."""
+    """The S rows that this rank sent: "pairs" of its tokens and where they went."""
     rows_sent: list[int]
     rows_received: list[int]
     """Rows to and from each rank of the group."""
@@ -63,13 +63,37 @@ class LocalDispatcher:
         return y_RD
 
 
-class AllToAllDispatcher:
-    """Expert e lives on rank e // (E / ep) of `group`. A dispatch waits for the device once, for the splits."""
+class _Exchange:
+    """Rows between the ranks of a group, expert e on rank e // (E / ep), and the bytes that they take."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.ep = group.size()
         self.bytes_sent = 0
+
+    def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Rows to and from each rank; differentiable."""
+        return _AllToAll.apply(x, send, receive, self)
+
+    def exchange_sizes(self, sizes: Tensor) -> tuple[Tensor, list[list[int]]]:
+        """Row p of `sizes`, int [ep, n], goes to rank p: what arrived, and 2n lists of ep numbers, first those sent and
+        then those received. Waits for the device."""
+        received = torch.empty_like(sizes)
+        dist.all_to_all_single(received, sizes, group=self.group)
+        return received, torch.cat([sizes, received], 1).t().tolist()
+
+    def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Rows to and from each rank, counted; without autograd."""
+        # A strided input would be read as if it were contiguous: wrong numbers, no error.
+        x = x.contiguous()
+        output = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(output, x, receive, send, group=self.group)
+        self.bytes_sent += (sum(send) - send[self.group.rank()]) * x.shape[1:].numel() * x.element_size()
+        return output
+
+
+class AllToAllDispatcher(_Exchange):
+    """One row for each token and rank. A dispatch waits for the device once, for the splits."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Send each token's row once to every rank that holds one of its experts.
@@ -85,19 +109,18 @@ class AllToAllDispatcher:
         rows = Routing.from_mask(reached_TP, reached_TP.float(), most_rows)
 
         pairs_to = routing.expert_offsets[::experts].diff()
-        sizes = torch.stack([rows.counts_E, pairs_to], 1)
-        sizes_received = torch.empty_like(sizes)
-        dist.all_to_all_single(sizes_received, sizes, group=self.group)
-        rows_sent, pairs_sent, rows_received, pairs_received = torch.cat([sizes, sizes_received], 1).t().tolist()
+        sizes_received, (rows_sent, pairs_sent, rows_received, pairs_received) = self.exchange_sizes(
+            torch.stack([rows.counts_E, pairs_to], 1)
+        )
         rows = rows.trimmed_to(sum(rows_sent))
 
         # Pairs are sorted by expert, so pairs of one destination are neighbours, and so are its rows.
         pairs = slice(sum(pairs_sent))
         row_of_pair_N = (reached_TP.cumsum(0, dtype=torch.int32) - 1)[routing.token_ids_N, destination_N]
         indices = torch.stack([row_of_pair_N, (expert_ids_N % experts).to(torch.int32)], 1)[pairs]
-        x_RD = self._exchange(_GatherRows.apply(x_TD, rows), rows_sent, rows_received)
-        indices = self._exchange(indices, pairs_sent, pairs_received)
-        weights = self._exchange(routing.weights_N[pairs], pairs_sent, pairs_received)
+        x_RD = self.exchange(_GatherRows.apply(x_TD, rows), rows_sent, rows_received)
+        indices = self.exchange(indices, pairs_sent, pairs_received)
+        weights = self.exchange(routing.weights_N[pairs], pairs_sent, pairs_received)
 
         # Row numbers arrive relative to their source's block.
         rows_from, pairs_from = sizes_received.unbind(1)
@@ -111,19 +134,31 @@ class AllToAllDispatcher:
         """Return each row's weighted sum to its source and add the rows of each token: [R, D] → [T, D]."""
         way = dispatched.way_back
         assert way is not None, "these rows were not dispatched by this dispatcher"
-        return _SumRows.apply(self._exchange(y_RD, way.rows_received, way.rows_sent), way.rows)
+        return _SumRows.apply(self.exchange(y_RD, way.rows_received, way.rows_sent), way.rows)
 
-    def _exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return _AllToAll.apply(x, send, receive, self)
 
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Rows to and from each rank of the group, counted; without autograd."""
-        # A strided input would be read as if it were contiguous: wrong numbers, no error.
-        x = x.contiguous()
-        output = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(output, x, receive, send, group=self.group)
-        self.bytes_sent += (sum(send) - send[self.group.rank()]) * x.shape[1:].numel() * x.element_size()
-        return output
+class PairDispatcher(_Exchange):
+    """One row for each pair, weighted and added up at the source: the plain way, to compare with."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """The routing of the result has one "token" for each received row, of one expert and weight 1."""
+        routing = routing.trimmed()
+        experts = routing.num_experts // self.ep
+        pairs_to = routing.expert_offsets[::experts].diff()
+        _, (sent, received) = self.exchange_sizes(pairs_to[:, None])
+        x_RD = self.exchange(x_TD[routing.token_ids_N], sent, received)
+        expert_ids_R = self.exchange(routing.expert_ids_N % experts, sent, received)
+        local = Routing.from_topk(expert_ids_R[:, None], x_RD.new_ones(x_RD.shape[0], 1), experts)
+        return Dispatched(x_RD, local, WayBack(routing, sent, received))
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        way = dispatched.way_back
+        assert way is not None, "these rows were not dispatched by this dispatcher"
+        y_ND = self.exchange(y_RD, way.rows_received, way.rows_sent)
+        accumulator = torch.promote_types(y_ND.dtype, torch.float32)
+        weighted_ND = y_ND.to(accumulator) * way.rows.weights_N.to(accumulator)[:, None]
+        y_TD = weighted_ND.new_zeros(way.rows.num_tokens, y_ND.shape[1])
+        return y_TD.index_add(0, way.rows.token_ids_N, weighted_ND).to(y_ND.dtype)
 
 
 def _reached(routing: Routing, destination_N: Tensor, ranks: int) -> Tensor:
@@ -171,7 +206,7 @@ class _AllToAll(torch.autograd.Function):
     """All-to-all of rows with uneven splits; the backward is the same with the splits exchanged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], via: AllToAllDispatcher) -> Tensor:
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], via: _Exchange) -> Tensor:
         ctx.send, ctx.receive, ctx.via = send, receive, via
         return via.all_to_all(x, send, receive)
 
