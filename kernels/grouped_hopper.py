@@ -307,6 +307,8 @@ def _ragged_descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescript
     """Rows [N, …] with a bound that the kernel chooses for each access: see :func:`hopper_gemm.ragged`."""
     stride, *inner_strides = tensor.stride()
     unbounded, rows = 0x7FFF0000, 0x40000000
+    if tensor.shape[0] > rows:
+        raise ValueError(f"{tensor.shape[0]} pairs, more than the {rows} of the hopper backend: use backend 'triton'")
     return TensorDescriptor(
         tensor,
         [unbounded, unbounded, rows, *tensor.shape[1:]],

@@ -65,7 +65,7 @@ def tile_schedule(routing: Routing, rows_per_tile: int) -> TileSchedule:
 
 
 def tile_schedule_reference(routing: Routing, rows_per_tile: int) -> TileSchedule:
-    """The twin of :func:`tile_schedule` in plain PyTorch, for any device; entries past num_tiles are zero."""
+    """The twin of :func:`tile_schedule` in plain PyTorch, for any device; entries past expert_tiles[E] are zero."""
     schedule = _empty_schedule(routing, rows_per_tile)
     ends_E = ((routing.counts_E + rows_per_tile - 1) // rows_per_tile).cumsum(0)
     tile_M = torch.arange(schedule.max_tiles, device=ends_E.device)

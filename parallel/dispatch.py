@@ -71,6 +71,12 @@ class _Exchange:
         self.ep = group.size()
         self.bytes_sent = 0
 
+    def experts_per_rank(self, routing: Routing) -> int:
+        """E / ep. Raises ValueError where it is not a whole number."""
+        if routing.num_experts % self.ep:
+            raise ValueError(f"{routing.num_experts} experts cannot be shared evenly by {self.ep} ranks")
+        return routing.num_experts // self.ep
+
     def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Rows to and from each rank; differentiable."""
         return _AllToAll.apply(x, send, receive, self)
@@ -101,11 +107,11 @@ class AllToAllDispatcher(_Exchange):
         The routing of the result is over this rank's E / ep experts, its tokens are the R received rows; rows of
         x and the weights carry gradients back to their source.
         """
-        experts = routing.num_experts // self.ep
+        experts = self.experts_per_rank(routing)
         expert_ids_N = routing.expert_ids_N
         destination_N = expert_ids_N // experts
         reached_TP = _reached(routing, destination_N, self.ep)
-        most_rows = routing.num_tokens * min(self.ep, routing.pairs_per_token or self.ep)
+        most_rows = min(routing.num_tokens * self.ep, routing.num_pairs)
         rows = Routing.from_mask(reached_TP, reached_TP.float(), most_rows)
 
         pairs_to = routing.expert_offsets[::experts].diff()
@@ -143,7 +149,7 @@ class PairDispatcher(_Exchange):
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """The routing of the result has one "token" for each received row, of one expert and weight 1."""
         routing = routing.trimmed()
-        experts = routing.num_experts // self.ep
+        experts = self.experts_per_rank(routing)
         pairs_to = routing.expert_offsets[::experts].diff()
         _, (sent, received) = self.exchange_sizes(pairs_to[:, None])
         x_RD = self.exchange(x_TD[routing.token_ids_N], sent, received)
@@ -171,9 +177,10 @@ def _reached(routing: Routing, destination_N: Tensor, ranks: int) -> Tensor:
 
 
 def _sum_rows(y_SD: Tensor, rows: Routing) -> Tensor:
-    """The rows of each token added up, in a fixed order on a GPU: [S, D] → [T, D]."""
+    """The rows of each token added up, by the kernels where they take them: [S, D] → [T, D]."""
     width = y_SD.shape[1]
-    return stages(choose_backend("auto", y_SD.device, y_SD.dtype, width, width)).sum_pairs(y_SD, None, rows)
+    with torch.cuda.device_of(y_SD):
+        return stages(choose_backend("auto", y_SD.device, y_SD.dtype, width, width)).sum_pairs(y_SD, None, rows)
 
 
 class _GatherRows(torch.autograd.Function):

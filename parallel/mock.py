@@ -12,7 +12,7 @@ all-to-all, objects, autograd through collectives. A reduction adds in the order
 bit.
 
 A mistake of one rank becomes an error that says what the others were doing, not a hang: collectives check that all
-ranks of a group are in the same one, with shapes that fit.
+ranks of a group are in the same one, with the same root and reduction and with shapes that fit.
 """
 # torch.distributed calls a group's methods by position; torch's stubs have names for the arguments, some only by type.
 # mypy: disable-error-code="override, assignment, attr-defined, call-arg"
@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -32,12 +32,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
-BACKEND = "mock"
-
-_worlds = threading.Lock()
-"""torch.distributed's table of groups belongs to one world at a time."""
 _this = threading.local()
-"""The rank that a thread is: .world, .rank."""
+"""The rank that a thread is, or works for: .run, .rank, .groups; nothing in other threads."""
+_one_world = threading.Lock()
+"""torch keeps the names of groups by thread or for the process, which is a setting of the process."""
 
 
 class RankError(RuntimeError):
@@ -57,8 +55,8 @@ class _Stopped(BaseException):
     """Ends a rank that waits for one that has failed. Not an Exception: no handler of the code under test keeps it."""
 
 
-class _Groups(threading.local):
-    """What torch.distributed knows of the process groups (its ``_World``), once for each thread."""
+class _Groups:
+    """What torch.distributed knows of the process groups (its ``_World``), of one rank."""
 
     def __init__(self) -> None:
         self.default_pg = None
@@ -73,14 +71,20 @@ class _Groups(threading.local):
         self.comms: list[Any] = []
 
 
-@dataclass
-class _Call:
-    """One collective of one group: what each rank brought, until all are there and one of them does the work."""
+class _GroupsOfThread:
+    """The groups of the rank that a thread is, and those of the process in any other thread."""
 
-    name: str
-    arrived: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    done: bool = False
-    error: str | None = None
+    def __init__(self, of_process: Any) -> None:
+        object.__setattr__(self, "of_process", of_process)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(_this, "groups", self.of_process), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(getattr(_this, "groups", self.of_process), name, value)
+
+
+distributed_c10d._world = _GroupsOfThread(distributed_c10d._world)
 
 
 class MockWorld:
@@ -93,7 +97,7 @@ class MockWorld:
     timeout : seconds that a rank waits in a collective for the others, and may go on for after another one failed
 
     The ranks share what belongs to a process: torch's default generators (give one of your own to random functions),
-    environment variables, signals.
+    environment variables, signals. Threads that a rank starts belong to it.
     """
 
     def __init__(self, size: int, device: str = "cpu", timeout: float = 60.0) -> None:
@@ -102,46 +106,35 @@ class MockWorld:
         self.size = size
         self.device = torch.device(device)
         self.timeout = timeout
-        self._changed = threading.Condition()
-        self._calls: dict[tuple[str, int], _Call] = {}
-        self._where: list[str] = ["has not called a collective"] * size
-        self._failed = False
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call `function(*arguments)` on every rank; returns their results in order.
 
-        Raises :class:`RankError` with the first error of any rank, and :class:`CollectiveError` where ranks do not
-        come to an end. Worlds of one process run one after the other.
+        Raises :class:`RankError` with the first error of any rank, and :class:`CollectiveError` where ranks wait for
+        one another in vain. A rank that computes without end is waited for, unless another one fails. Worlds of one
+        process run one after the other, and not inside one another.
         """
-        results: list[Any] = [None] * self.size
-        errors: list[tuple[int, BaseException]] = []
+        if hasattr(_this, "run"):
+            raise RuntimeError("a rank of a mock world cannot run another one")
+        run = _Run(self.size, self.timeout)
         store = dist.HashStore()
 
         def be(rank: int) -> None:
-            _this.world, _this.rank = self, rank
+            _this.run, _this.rank, _this.groups = run, rank, _Groups()
             try:
                 # The threads of a process share autograd's workers, in which a collective would wait for itself.
                 with torch.autograd.set_multithreading_enabled(False), self._default_device():
                     dist.init_process_group(
-                        BACKEND, store=store, rank=rank, world_size=self.size, timeout=timedelta(seconds=self.timeout)
+                        "mock", store=store, rank=rank, world_size=self.size, timeout=timedelta(seconds=self.timeout)
                     )
-                    results[rank] = function(*arguments)
-                self._at(rank, "has returned")
+                    result = function(*arguments)
+                run.end(rank, result)
             except _Stopped:
                 pass
             except BaseException as error:
-                with self._changed:
-                    errors.append((rank, error))
-                    self._where[rank] = f"has raised {type(error).__name__}"
-                    self._failed = True
-                    self._changed.notify_all()
+                run.fail(rank, error)
 
-        with _worlds:
-            self._calls.clear()
-            self._failed = False
-            self._where = ["has not called a collective"] * self.size
-            before = distributed_c10d._world
-            distributed_c10d._world = _Groups()
+        with _one_world, _inherited_ranks():
             torch._C._distributed_c10d._set_thread_isolation_mode(True)
             try:
                 threads = [
@@ -150,81 +143,134 @@ class MockWorld:
                 ]
                 for thread in threads:
                     thread.start()
-                self._join(threads)
+                run.wait(threads)
             finally:
                 torch._C._distributed_c10d._set_thread_isolation_mode(False)
-                distributed_c10d._world = before
-        if errors:
-            rank, error = errors[0]
+        if run.errors:
+            rank, error = run.errors[0]
             if isinstance(error, CollectiveError):
                 raise error
             raise RankError(rank, self.size, error) from error
-        return results
+        return [run.results[rank] for rank in range(self.size)]
 
     def _default_device(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.device.type == "cpu" else self.device
 
-    def _join(self, threads: Sequence[threading.Thread]) -> None:
-        """Wait for all ranks, and after the first failure for as long as they may take to notice it."""
+
+@contextmanager
+def _inherited_ranks() -> Iterator[None]:
+    """A thread that a rank's thread starts works for that rank."""
+    start = threading.Thread.start
+
+    def start_inheriting(thread: threading.Thread) -> None:
+        inherited, run = dict(_this.__dict__), thread.run
+
+        def run_as_rank() -> None:
+            _this.__dict__.update(inherited)
+            run()
+
+        if inherited:
+            thread.run = run_as_rank
+        start(thread)
+
+    threading.Thread.start = start_inheriting
+    try:
+        yield
+    finally:
+        threading.Thread.start = start
+
+
+@dataclass
+class _Call:
+    """One collective of one group: what each rank brought, until all are there and one of them does the work."""
+
+    arrived: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    done: bool = False
+    error: str | None = None
+
+
+class _Run:
+    """The ranks of one run of a world, and where they meet."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.timeout = timeout
+        self.results: dict[int, Any] = {}
+        self.errors: list[tuple[int, BaseException]] = []
+        self._changed = threading.Condition()
+        self._calls: dict[tuple[str, int], _Call] = {}
+        self._where = ["has not called a collective"] * size
+
+    def end(self, rank: int, result: Any) -> None:
+        with self._changed:
+            self.results[rank] = result
+            self._where[rank] = "has returned"
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        with self._changed:
+            self.errors.append((rank, error))
+            self._where[rank] = f"has raised {type(error).__name__}"
+            self._changed.notify_all()
+
+    def wait(self, threads: Sequence[threading.Thread]) -> None:
+        """For all ranks, and after the first failure for as long as they may take to notice it."""
         deadline: float | None = None
         while any(thread.is_alive() for thread in threads):
-            if self._failed and deadline is None:
+            if self.errors and deadline is None:
                 deadline = time.monotonic() + self.timeout
             if deadline is not None and time.monotonic() > deadline:
-                return  # a rank computes, or waits for something else, without end: the error of the other one is told
+                return
             for thread in threads:
                 thread.join(0.02)
 
-    def _at(self, rank: int, where: str) -> None:
-        with self._changed:
-            self._where[rank] = where
-            self._changed.notify_all()
-
     def meet(self, group: _MockGroup, name: str, brought: Any, work: Callable[[list[Any]], None]) -> None:
         """Bring `brought` to the group's next collective, and wait until the last rank to come has done the work."""
+        key, ranks = group.members()
         number = group.calls
         group.calls += 1
-        ranks = group.ranks
         what = f"{name}, number {number} of the group of ranks {ranks}"
         with self._changed:
             self._where[_this.rank] = f"is in {what}"
-            call = self._calls.setdefault((group.key, number), _Call(name))
+            call = self._calls.setdefault((key, number), _Call())
             call.arrived[group.rank()] = (name, brought)
-            if len(call.arrived) == len(ranks):
-                call.error = self._do(call, ranks, work)
+            if len(call.arrived) == len(ranks) and not call.done:
+                call.error = _do(call, ranks, work)
                 call.done = True
-                del self._calls[group.key, number]
                 self._changed.notify_all()
-            else:
-                self._wait(call, ranks, what)
+            self._wait(call, ranks, what)
+            if len(call.arrived) == len(ranks):
+                self._calls.pop((key, number), None)
             if call.error is not None:
                 raise CollectiveError(call.error)
             self._where[_this.rank] = f"has left {what}"
 
-    def _do(self, call: _Call, ranks: list[int], work: Callable[[list[Any]], None]) -> str | None:
-        """Run the collective over what all ranks brought; why it cannot be, if so."""
-        names = {ranks[place]: name for place, (name, _) in sorted(call.arrived.items())}
-        if len(set(names.values())) > 1:
-            return "ranks are in different collectives: " + ", ".join(f"rank {r} in {n}" for r, n in names.items())
-        brought = [call.arrived[place][1] for place in range(len(ranks))]
-        try:
-            with torch.no_grad():
-                work(brought)
-        except Exception as error:
-            return f"{call.name} of ranks {ranks}: {error}"
-        return None
-
     def _wait(self, call: _Call, ranks: list[int], what: str) -> None:
         end = time.monotonic() + self.timeout
         while not call.done:
-            if self._failed:
+            if self.errors:
                 raise _Stopped
             left = end - time.monotonic()
             if left <= 0:
                 missing = [ranks[place] for place in range(len(ranks)) if place not in call.arrived]
                 told = "; ".join(f"rank {rank} {self._where[rank]}" for rank in missing)
-                raise CollectiveError(f"rank {_this.rank} waited {self.timeout:g} s in {what}, in vain: {told}")
+                # Who comes later fails too: a rank that has left must not take part.
+                call.error = f"rank {_this.rank} waited {self.timeout:g} s in {what}, in vain: {told}"
+                call.done = True
+                self._changed.notify_all()
+                return
             self._changed.wait(left)
+
+
+def _do(call: _Call, ranks: list[int], work: Callable[[list[Any]], None]) -> str | None:
+    """Run the collective over what all ranks brought; why it cannot be, if so."""
+    names = {ranks[place]: name for place, (name, _) in sorted(call.arrived.items())}
+    if len(set(names.values())) > 1:
+        return "ranks are in different collectives: " + ", ".join(f"rank {r} in {n}" for r, n in names.items())
+    try:
+        with torch.no_grad():
+            work([call.arrived[place][1] for place in range(len(ranks))])
+    except Exception as error:
+        return f"{names[ranks[0]]} of ranks {ranks}: {error}"
+    return None
 
 
 class _Done(dist.Work):
@@ -242,28 +288,23 @@ class _MockGroup(dist.ProcessGroup):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)
-        self.world: MockWorld = _this.world
         self.calls = 0
 
-    @property
-    def key(self) -> str:
-        """The name that all members know the group by."""
-        return distributed_c10d._world.pg_names[self]
+    def members(self) -> tuple[str, list[int]]:
+        """The name that all members know the group by, and their ranks in the world."""
+        groups: _Groups = _this.groups
+        return groups.pg_names[self], list(groups.pg_group_ranks[self])
 
     @property
     def group_name(self) -> str:
-        return self.key
-
-    @property
-    def ranks(self) -> list[int]:
-        """The members' ranks in the world."""
-        return list(distributed_c10d._world.pg_group_ranks[self])
+        return self.members()[0]
 
     def getBackendName(self) -> str:
-        return BACKEND
+        return "mock"
 
     def _meet(self, name: str, brought: Any, work: Callable[[list[Any]], None]) -> dist.Work:
-        self.world.meet(self, name, brought, work)
+        run: _Run = _this.run
+        run.meet(self, name, brought, work)
         return _Done()
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
@@ -277,7 +318,7 @@ class _MockGroup(dist.ProcessGroup):
                 for tensor in column:
                     tensor.copy_(total)
 
-        return self._meet("all_reduce", tensors, work)
+        return self._meet(f"all_reduce by {_name(op)}", tensors, work)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
         return self.allreduce(tensors, opts)
@@ -288,7 +329,7 @@ class _MockGroup(dist.ProcessGroup):
             _same_shapes(column)
             column[opts.rootRank].copy_(_reduce(column, opts.reduceOp))
 
-        return self._meet("reduce", tensors, work)
+        return self._meet(f"reduce by {_name(opts.reduceOp)} to {opts.rootRank}", tensors, work)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         def work(brought: list[list[Tensor]]) -> None:
@@ -298,7 +339,7 @@ class _MockGroup(dist.ProcessGroup):
                     if place != opts.rootRank:
                         tensor.copy_(column[opts.rootRank])
 
-        return self._meet("broadcast", tensors, work)
+        return self._meet(f"broadcast from {opts.rootRank}", tensors, work)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         def work(brought: list[tuple[list[list[Tensor]], list[Tensor]]]) -> None:
@@ -309,7 +350,7 @@ class _MockGroup(dist.ProcessGroup):
         return self._meet("all_gather", (outputs, inputs), work)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
-        return self.allgather([list(output.view(-1).chunk(self.size()))], [input.reshape(-1)], opts)
+        return self.allgather([_pieces(output.view(-1), [], self.size())], [input.reshape(-1)], opts)
 
     _allgather_base = all_gather_single
 
@@ -325,14 +366,14 @@ class _MockGroup(dist.ProcessGroup):
             for output, (_, inputs) in zip(brought[opts.rootRank][0][0], brought, strict=True):
                 _copy(output, inputs[0])
 
-        return self._meet("gather", (outputs, inputs), work)
+        return self._meet(f"gather to {opts.rootRank}", (outputs, inputs), work)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
         def work(brought: list[tuple[list[Tensor], list[list[Tensor]]]]) -> None:
             for (outputs, _), input in zip(brought, brought[opts.rootRank][1][0], strict=True):
                 _copy(outputs[0], input)
 
-        return self._meet("scatter", (outputs, inputs), work)
+        return self._meet(f"scatter from {opts.rootRank}", (outputs, inputs), work)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
         op = ReduceOp.SUM if opts is None else opts.reduceOp
@@ -342,10 +383,10 @@ class _MockGroup(dist.ProcessGroup):
             for (outputs, _), total in zip(brought, totals, strict=True):
                 _copy(outputs[0], total)
 
-        return self._meet("reduce_scatter", (outputs, inputs), work)
+        return self._meet(f"reduce_scatter by {_name(op)}", (outputs, inputs), work)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
-        return self.reduce_scatter([output.view(-1)], [list(input.reshape(-1).chunk(self.size()))], opts)
+        return self.reduce_scatter([output.view(-1)], [_pieces(input.reshape(-1), [], self.size())], opts)
 
     _reduce_scatter_base = reduce_scatter_single
 
@@ -386,15 +427,23 @@ _PAIRWISE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _kind(op: Any) -> Any:
+    return getattr(op, "op", op)  # options hold a kind with its parameters
+
+
+def _name(op: Any) -> str:
+    return str(_kind(op)).rpartition(".")[2]
+
+
 def _reduce(column: Sequence[Tensor], op: Any) -> Tensor:
     """The reduction of one tensor a rank, in the order of the ranks."""
-    op = getattr(op, "op", op)  # options hold a kind with its parameters
-    if op not in _PAIRWISE:
-        raise NotImplementedError(f"the mock world has no reduction by {op}")
+    kind = _kind(op)
+    if kind not in _PAIRWISE:
+        raise NotImplementedError(f"the mock world has no reduction by {_name(op)}")
     total = column[0].clone()
     for other in column[1:]:
-        total = _PAIRWISE[op](total, other)
-    return total / len(column) if op == ReduceOp.AVG else total
+        total = _PAIRWISE[kind](total, other)
+    return total / len(column) if kind == ReduceOp.AVG else total
 
 
 def _same_shapes(column: Sequence[Tensor]) -> None:
@@ -413,11 +462,13 @@ def _copy(output: Tensor, input: Tensor) -> None:
 
 def _pieces(tensor: Tensor, splits: list[int], size: int) -> list[Tensor]:
     """Along the first dimension: the splits, or equal parts."""
-    return list(tensor.split(splits) if splits else tensor.chunk(size))
+    if not splits and tensor.shape[0] % size:
+        raise ValueError(f"{tensor.shape[0]} rows or elements do not divide among {size} ranks")
+    return list(tensor.split(splits or tensor.shape[0] // size)) if len(tensor) or splits else [tensor] * size
 
 
 def _create_group(store: Any, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     return _MockGroup(rank, size)
 
 
-dist.Backend.register_backend(BACKEND, _create_group, devices=["cpu", "cuda"])
+dist.Backend.register_backend("mock", _create_group, devices=["cpu", "cuda"])

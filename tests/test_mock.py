@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +141,12 @@ def test_an_error_of_one_rank_is_raised_with_its_rank_and_ends_the_others() -> N
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: None, r"rank [02] waited 0.3 s in all_reduce.*\[0, 1, 2\], in vain: rank 1 has returned"),
-        (dist.barrier, "ranks are in different collectives: rank 0 in all_reduce, rank 1 in barrier, rank 2 in all_re"),
+        (dist.barrier, "ranks are in different collectives: rank 0 in all_reduce by SUM, rank 1 in barrier, rank 2 in"),
+        (lambda: dist.all_reduce(torch.ones(2), dist.ReduceOp.MAX), "rank 1 in all_reduce by MAX"),
         (lambda: dist.all_reduce(torch.ones(3)), r"tensors differ: \[2\] torch.float32, \[3\] torch.float32"),
-        (lambda: time.sleep(1), "rank 1 has not called a collective"),
     ],
 )
-def test_ranks_that_do_not_do_the_same_are_told(other: Any, message: str) -> None:
+def test_ranks_that_do_not_do_the_same_are_told(other: Callable[[], Any], message: str) -> None:
     def disagree() -> None:
         if dist.get_rank() == 1:
             other()
@@ -152,7 +154,86 @@ def test_ranks_that_do_not_do_the_same_are_told(other: Any, message: str) -> Non
             dist.all_reduce(torch.ones(2))
 
     with pytest.raises(CollectiveError, match=message):
-        MockWorld(3, timeout=0.3).run(disagree)
+        MockWorld(3).run(disagree)
+
+
+def test_roots_and_sizes_that_do_not_fit() -> None:
+    with pytest.raises(CollectiveError, match="rank 0 in broadcast from 0, rank 1 in broadcast from 1"):
+        MockWorld(2).run(lambda: dist.broadcast(torch.ones(1), dist.get_rank()))
+    with pytest.raises(RankError, match="4 rows or elements do not divide among 3 ranks"):
+        MockWorld(3).run(lambda: dist.all_to_all_single(torch.empty(4), torch.ones(4)))
+    with pytest.raises(CollectiveError, match="another expects"):
+        MockWorld(2).run(lambda: dist.all_gather([torch.empty(2), torch.empty(2)], torch.ones(2 + dist.get_rank())))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with pytest.raises(
+        CollectiveError, match=r"rank 0 waited 1 s in all_reduce.*\[0, 1\], in vain: rank 1 has returned"
+    ):
+        MockWorld(2, timeout=1).run(lambda: None if dist.get_rank() else dist.all_reduce(torch.ones(2)))
+
+
+def test_a_rank_that_comes_too_late_fails_too() -> None:
+    """The one that has given up, and gone on, must not take part any more."""
+    given_up = threading.Event()
+
+    def meet() -> str:
+        if dist.get_rank() == 1:
+            given_up.wait()
+        try:
+            dist.all_reduce(torch.ones(2))
+        except CollectiveError as error:
+            given_up.set()
+            return str(error)
+        return "met"
+
+    first, second = MockWorld(2, timeout=0.3).run(meet)
+    assert first == second
+    assert "rank 0 waited 0.3 s" in first
+
+
+def test_a_rank_left_behind_does_not_touch_the_next_run() -> None:
+    go, left = threading.Event(), []
+
+    def stay() -> None:
+        if dist.get_rank() == 0:
+            raise ValueError("first")
+        go.wait()
+        left.append(dist.get_world_size())
+        dist.destroy_process_group()
+        raise ValueError("left behind")
+
+    world = MockWorld(2, timeout=0.2)
+    with pytest.raises(RankError, match="rank 0 of 2: ValueError: first"):
+        world.run(stay)
+
+    def work() -> int:
+        go.set()
+        while not left:
+            time.sleep(0.01)
+        dist.barrier()
+        return dist.get_rank()
+
+    assert world.run(work) == [0, 1]
+    assert left == [2]
+
+
+def test_threads_of_a_rank_belong_to_it() -> None:
+    def work() -> float:
+        x = torch.full((1,), float(dist.get_rank()))
+        group = dist.new_group()
+        thread = threading.Thread(target=lambda: dist.all_reduce(x, group=group))
+        thread.start()
+        dist.barrier()
+        thread.join()
+        return float(x)
+
+    assert MockWorld(3).run(work) == [3.0, 3.0, 3.0]
+
+
+def test_a_world_is_not_run_in_a_world() -> None:
+    with pytest.raises(RankError, match="cannot run another one"):
+        MockWorld(2).run(lambda: MockWorld(2).run(dist.get_rank))
 
 
 def test_decisions_of_all_ranks() -> None:
@@ -202,10 +283,15 @@ def train(config: Config) -> Numbers:
     mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
     trainer = Trainer(config, mesh)
     seen: list[tuple[float, float]] = []
+    bytes_sent: list[int] = []
+    logged = trainer._report
 
-    def report(loss: Tensor, norm: Tensor, *_: Any) -> None:
-        dist.all_reduce(loss)
-        seen.append((float(loss), float(norm)))
+    def report(loss: Tensor, norm: Tensor, *others: Any) -> None:
+        whole = loss.clone()
+        dist.all_reduce(whole)
+        seen.append((float(whole), float(norm)))
+        bytes_sent.append(trainer.dispatch_bytes)
+        logged(loss, norm, *others)
 
     trainer._report = report  # type: ignore[method-assign]
     loader = Loader(
@@ -230,12 +316,25 @@ def train(config: Config) -> Numbers:
         trainer.checkpointer.close()
         if trainer.logger is not None:
             trainer.logger.close()
+    check_bytes(bytes_sent, trainer)
     state = dict(trainer.model.state_dict())
     for name, parameter in trainer.model.named_parameters():
         state[f"{name} exp_avg"] = trainer.optimizer.state[parameter]["exp_avg"]
         state[f"{name} exp_avg_sq"] = trainer.optimizer.state[parameter]["exp_avg_sq"]
     destroy_mesh()
     return seen, state
+
+
+def check_bytes(bytes_sent: list[int], trainer: Trainer) -> None:
+    """Steps are counted apart; what is logged is the sum over the ranks."""
+    assert sum(bytes_sent) == trainer.model.dispatch_bytes
+    total = torch.tensor(bytes_sent)
+    dist.all_reduce(total)
+    records = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+    records = [record["moe/dispatch_bytes"] for record in records if "moe/dispatch_bytes" in record]
+    if trainer.mesh.rank == 0:
+        assert records == (total.tolist() if trainer.mesh.ep > 1 else [])
+    dist.barrier()
 
 
 @pytest.fixture(scope="module")
