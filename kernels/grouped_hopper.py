@@ -54,7 +54,7 @@ class GatherConfig:
     CHUNK: int
     GROUP: int = 4
     LOADER_WARPS: int = 4
-    LOADER_REGISTERS: int = 64
+    LOADER_REGISTERS: int = 48
     BLOCK_M: int = ROWS_PER_TILE
     num_warps: int = 8
 
