@@ -41,9 +41,9 @@ DEFAULTS = ("train.param_dtype=bfloat16", "train.activation_checkpointing.mode=n
 
 PARTS = {
     "attention": r"flash|fmha|sdpa|attention",
-    "expert products": r"(up_projection|linear|hidden_gradient|weight_gradient|contiguous)_kernel|group",
-    "routing": r"topk|_rank_kernel|_count_kernel|_scan_kernel|tile_schedule|^_(forward|backward)_kernel|sum_pairs"
-    r"|sort|radix|histogram|searchsorted|scan",
+    "expert products": r"(up_projection|linear|hidden_gradient|weight_gradient|contiguous)_kernel|group(?!_chosen)",
+    "routing": r"topk|^_(rank|count|scan|turn|flip|count_chosen|group_chosen|cells_of_pairs|forward|backward)_kernel"
+    r"|tile_schedule|sum_pairs|sort|radix|histogram|searchsorted|scan",
     "norms": r"rms_?norm|layer_?norm|GammaBeta|ComputeGradInput",
     "optimiser, gradient norm": r"adam|multi_tensor|foreach|lpnorm",
     "loss": r"softmax|nll|cross_entropy",

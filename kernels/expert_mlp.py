@@ -236,17 +236,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y [T, D] and h [N, H], the latter empty unless `keep_hidden`."""
     run = stages(cast(Backend, backend))
-    routing = Routing(
-        token_ids_N=token_ids_N,
-        weights_N=weights_N.contiguous(),
-        expert_offsets=expert_offsets,
-        pair_ids_N=pair_ids_N,
-        token_offsets=token_offsets,
-        num_tokens=x_TD.shape[0],
-        num_experts=w_up_EHD.shape[0],
-        pairs_per_token=pairs_per_token,
-        padded=padded,
-    )
+    indices = (token_ids_N, expert_offsets, pair_ids_N, token_offsets)
+    routing = _routing(x_TD, w_up_EHD, weights_N, *indices, pairs_per_token, padded)
     x_TD, w_up_EHD, w_down_EDI = _ready(x_TD), _ready(w_up_EHD), _ready(w_down_EDI)
     with torch.cuda.device_of(x_TD):  # kernels are launched on the current device
         h_NH, a_NI = run.up_projection(
@@ -258,23 +249,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x_TD: Tensor,
-    w_up_EHD: Tensor,
-    w_down_EDI: Tensor,
-    b_up_EH: Tensor | None,
-    b_down_ED: Tensor | None,
-    weights_N: Tensor,
-    token_ids_N: Tensor,
-    expert_offsets: Tensor,
-    pair_ids_N: Tensor,
-    token_offsets: Tensor,
-    pairs_per_token: int | None,
-    padded: bool,
-    activation: str,
-    backend: str,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x_TD: Tensor, w_up_EHD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    weights_N, keep_hidden = others[3], others[-1]
     hidden = (weights_N.shape[0], w_up_EHD.shape[1]) if keep_hidden else (0,)
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), x_TD.new_empty(hidden)
 
@@ -301,17 +277,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x, w_up, w_down, b_up, b_down and the pairs' weights; empty where not `needed`."""
     run = stages(cast(Backend, backend))
-    routing = Routing(
-        token_ids_N=token_ids_N,
-        weights_N=weights_N.contiguous(),
-        expert_offsets=expert_offsets,
-        pair_ids_N=pair_ids_N,
-        token_offsets=token_offsets,
-        num_tokens=x_TD.shape[0],
-        num_experts=w_up_EHD.shape[0],
-        pairs_per_token=pairs_per_token,
-        padded=padded,
-    )
+    indices = (token_ids_N, expert_offsets, pair_ids_N, token_offsets)
+    routing = _routing(x_TD, w_up_EHD, weights_N, *indices, pairs_per_token, padded)
     dy_TD, x_TD, w_up_EHD, w_down_EDI = _ready(dy_TD), _ready(x_TD), _ready(w_up_EHD), _ready(w_down_EDI)
     needs_x, needs_w_up, needs_w_down, needs_b_up, needs_b_down, needs_weights = needed
     gradients = [x_TD.new_empty(0) for _ in needed]
@@ -342,29 +309,11 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    h_NH: Tensor,
-    w_up_EHD: Tensor,
-    w_down_EDI: Tensor,
-    b_up_EH: Tensor | None,
-    b_down_ED: Tensor | None,
-    weights_N: Tensor,
-    token_ids_N: Tensor,
-    expert_offsets: Tensor,
-    pair_ids_N: Tensor,
-    token_offsets: Tensor,
-    pairs_per_token: int | None,
-    padded: bool,
-    activation: str,
-    backend: str,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    inputs = (x_TD, w_up_EHD, w_down_EDI, b_up_EH, b_down_ED, weights_N)
+def _(dy_TD: Tensor, x_TD: Tensor, h_NH: Tensor, *others: Any) -> list[Tensor]:
+    weights_and_biases, weights_N, needed = others[:4], others[4], others[-1]
     return [
         x_TD.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
-        for tensor, need in zip(inputs, needed, strict=True)
+        for tensor, need in zip((x_TD, *weights_and_biases, weights_N), needed, strict=True)
     ]
 
 
@@ -391,6 +340,31 @@ def _gradients(ctx: Any, dy_TD: Tensor | None, dh_NH: Tensor | None) -> tuple[Te
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+def _routing(
+    x_TD: Tensor,
+    w_up_EHD: Tensor,
+    weights_N: Tensor,
+    token_ids_N: Tensor,
+    expert_offsets: Tensor,
+    pair_ids_N: Tensor,
+    token_offsets: Tensor,
+    pairs_per_token: int | None,
+    padded: bool,
+) -> Routing:
+    """The routing again, of which an operator can only take the parts."""
+    return Routing(
+        token_ids_N=token_ids_N,
+        weights_N=weights_N.contiguous(),
+        expert_offsets=expert_offsets,
+        pair_ids_N=pair_ids_N,
+        token_offsets=token_offsets,
+        num_tokens=x_TD.shape[0],
+        num_experts=w_up_EHD.shape[0],
+        pairs_per_token=pairs_per_token,
+        padded=padded,
+    )
 
 
 def _ready(tensor: Tensor) -> Tensor:

@@ -86,24 +86,33 @@ class WeightGradientConfig:
     num_warps: int = 8
 
 
+def _groupings(config: RowTiles) -> list[RowTiles]:
+    """The configuration, and others for autotuning: which order of the tiles fits the L2 cache depends on the sizes of
+    weights and rows, and on how many rows an expert has."""
+    return [replace(config, GROUP=group) for group in dict.fromkeys((config.GROUP, 1, 4, 16))]
+
+
+CONTIGUOUS = _groupings(ContiguousConfig())
 WIDE_GATHER = GatherConfig(BLOCK_N=256, BLOCK_K=64, STAGES=4, CHUNK=64)
 NARROW_GATHER = GatherConfig(BLOCK_N=128, BLOCK_K=64, STAGES=6, CHUNK=32)
 
 
-def gather_configs(columns: int, group: int) -> list[GatherConfig]:
+@functools.cache
+def gather_configs(columns: int, group: int) -> tuple[GatherConfig, ...]:
     """For a GEMM with so many output columns, the likely one first."""
     ordered = (NARROW_GATHER, WIDE_GATHER) if prefers_narrow(columns) else (WIDE_GATHER, NARROW_GATHER)
-    return [*_groupings(replace(ordered[0], GROUP=group)), replace(ordered[1], GROUP=group)]
+    return (*_groupings(replace(ordered[0], GROUP=group)), replace(ordered[1], GROUP=group))
 
 
-def weight_gradient_configs(gather_left: bool, columns: int) -> list[WeightGradientConfig]:
+@functools.cache
+def weight_gradient_configs(gather_left: bool, columns: int) -> tuple[WeightGradientConfig, ...]:
     """256 (or 128) columns of the contiguous side, which has so many in all, by 128 of the gathered one."""
     if gather_left:
         wide = WeightGradientConfig(BLOCK_P=128, BLOCK_Q=256, BLOCK_K=64, STAGES=4)
     else:
         wide = WeightGradientConfig(BLOCK_P=256, BLOCK_Q=128, BLOCK_K=64, STAGES=4, LOADER_REGISTERS=40)
     narrow = replace(wide, BLOCK_P=128, BLOCK_Q=128, STAGES=6)
-    return [narrow, wide] if prefers_narrow(columns) else [wide, narrow]
+    return (narrow, wide) if prefers_narrow(columns) else (wide, narrow)
 
 
 def prefers_narrow(columns: int) -> bool:
@@ -242,7 +251,7 @@ def _contiguous(rows_NK: Tensor, weight: Tensor, routing: Routing, *, transposed
         )
 
     key = (*sizes(rows_NK, routing), columns, transposed)
-    launch(autotune.choose("hopper contiguous", key, _groupings(ContiguousConfig()), launch))
+    launch(autotune.choose("hopper contiguous", key, CONTIGUOUS, launch))
     return out
 
 
@@ -273,12 +282,6 @@ def _weight_gradient(gathered_TX: Tensor, contiguous_NX: Tensor, routing: Routin
     key = (*sizes(gathered_TX, routing), columns, gather_left)
     launch(autotune.choose("hopper weights", key, weight_gradient_configs(gather_left, columns), launch))
     return out
-
-
-def _groupings(config: RowTiles) -> list[RowTiles]:
-    """The configuration, and others for autotuning: which order of the tiles fits the L2 cache depends on the sizes of
-    weights and rows, and on how many rows an expert has."""
-    return [replace(config, GROUP=group) for group in dict.fromkeys((config.GROUP, 1, 4, 16))]
 
 
 def _work(tiles: TileSchedule, routing: Routing) -> tuple[Tensor | int, ...]:

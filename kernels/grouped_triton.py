@@ -94,14 +94,12 @@ CONFIGS: dict[tuple[Stage, ShapeClass], GemmConfig] = {
 }
 
 
-def choose_configs(
-    stage: Stage, routing: Routing, dtype: torch.dtype, tma: bool, columns: int
-) -> tuple[GemmConfig, ...]:
+@functools.cache
+def choose_configs(stage: Stage, few_rows: bool, dtype: torch.dtype, tma: bool, columns: int) -> tuple[GemmConfig, ...]:
     """The configuration of a stage whose product has so many columns, and others for autotuning to try.
 
     Narrow products get narrow tiles.
     """
-    few_rows = routing.num_pairs <= FEW_ROWS * routing.num_experts
     if dtype == torch.float32:
         configs = [CONFIGS[stage, "float32"]]
     elif tma:
@@ -156,7 +154,7 @@ def up_projection(
             TMA=tma,
         )
 
-    configs = choose_configs("up", routing, x_TD.dtype, tma, hidden)
+    configs = choose_configs("up", _few_rows(routing), x_TD.dtype, tma, hidden)
     key = (*sizes(x_TD, routing), hidden, activation, keep_hidden, b_up_EH is not None)
     launch(autotune.choose("triton up", key, configs, launch))
     return h_NH, a_NI
@@ -217,7 +215,7 @@ def hidden_gradient(
         )
         return dweights_BN
 
-    configs = choose_configs("hidden", routing, dy_TD.dtype, tma, inner)
+    configs = choose_configs("hidden", _few_rows(routing), dy_TD.dtype, tma, inner)
     key = (*sizes(dy_TD, routing), inner, activation)
     dweights_BN = launch(autotune.choose("triton hidden", key, configs, launch))
     return dh_NH, weighted_a_NI, dweights_BN[0] if len(dweights_BN) == 1 else dweights_BN.sum(0)
@@ -260,7 +258,7 @@ def _linear(rows_NK: Tensor, weight: Tensor, bias: Tensor | None, routing: Routi
             TMA=tma,
         )
 
-    configs = choose_configs("linear", routing, rows_NK.dtype, tma, width)
+    configs = choose_configs("linear", _few_rows(routing), rows_NK.dtype, tma, width)
     key = (*sizes(rows_NK, routing), width, transposed, bias is not None)
     launch(autotune.choose("triton linear", key, configs, launch))
     return out_ND
@@ -297,7 +295,7 @@ def _weight_gradient(gathered_TM: Tensor, rows_NN: Tensor, routing: Routing, *, 
             num_stages=config.num_stages,
         )
 
-    configs = choose_configs("weight", routing, rows_NN.dtype, tma, width)
+    configs = choose_configs("weight", _few_rows(routing), rows_NN.dtype, tma, width)
     key = (*sizes(gathered_TM, routing), width, transposed)
     launch(autotune.choose("triton weights", key, configs, launch))
     return out
@@ -330,6 +328,10 @@ def _launch_row_tiles(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def _few_rows(routing: Routing) -> bool:
+    return routing.num_pairs <= FEW_ROWS * routing.num_experts
 
 
 def sizes(rows: Tensor, routing: Routing) -> tuple[Hashable, ...]:

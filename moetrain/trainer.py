@@ -148,21 +148,8 @@ class Trainer:
                 self.logger.close()
 
     def _train(self) -> None:
-        config, mesh, total_steps = self.config, self.mesh, self.config.train.steps
-        loader = Loader(
-            split=self.dataset.train,
-            seq_len=config.data.seq_len,
-            micro_batch=config.micro_batch(mesh.dp),
-            accumulation=self.accumulation,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
-            seed=config.train.seed,
-            end_of_document=self.dataset.end_of_document,
-            mask_documents=config.data.mask_documents,
-            prefetch=config.data.prefetch,
-            pin=mesh.device.type == "cuda",
-            start_sample=self.progress.samples,
-        )
+        total_steps = self.config.train.steps
+        loader = self._loader()
         compilations = Compilations()
         try:
             with self._stop_signals(), self._profiler() as profiler:
@@ -183,6 +170,24 @@ class Trainer:
         finally:
             compilations.stop()
             loader.close()
+
+    def _loader(self) -> Loader:
+        """This rank's batches from where the run stands."""
+        config, mesh = self.config, self.mesh
+        return Loader(
+            split=self.dataset.train,
+            seq_len=config.data.seq_len,
+            micro_batch=config.micro_batch(mesh.dp),
+            accumulation=self.accumulation,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            seed=config.train.seed,
+            end_of_document=self.dataset.end_of_document,
+            mask_documents=config.data.mask_documents,
+            prefetch=config.data.prefetch,
+            pin=mesh.device.type == "cuda",
+            start_sample=self.progress.samples,
+        )
 
     # One step
 

@@ -19,6 +19,7 @@ ranks of a group are in the same one, with the same root and reduction and with 
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,9 +85,6 @@ class _GroupsOfThread:
         setattr(getattr(_this, "groups", self.of_process), name, value)
 
 
-distributed_c10d._world = _GroupsOfThread(distributed_c10d._world)
-
-
 class MockWorld:
     """`size` ranks on one device.
 
@@ -116,6 +114,7 @@ class MockWorld:
         """
         if hasattr(_this, "run"):
             raise RuntimeError("a rank of a mock world cannot run another one")
+        _install()
         run = _Run(self.size, self.timeout)
         store = dist.HashStore()
 
@@ -424,6 +423,9 @@ _PAIRWISE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     ReduceOp.PRODUCT: torch.mul,
     ReduceOp.MAX: torch.maximum,
     ReduceOp.MIN: torch.minimum,
+    ReduceOp.BAND: torch.bitwise_and,
+    ReduceOp.BOR: torch.bitwise_or,
+    ReduceOp.BXOR: torch.bitwise_xor,
 }
 
 
@@ -439,7 +441,7 @@ def _reduce(column: Sequence[Tensor], op: Any) -> Tensor:
     """The reduction of one tensor a rank, in the order of the ranks."""
     kind = _kind(op)
     if kind not in _PAIRWISE:
-        raise NotImplementedError(f"the mock world has no reduction by {_name(op)}")
+        raise ValueError(f"a reduction by {_name(op)}: there are {', '.join(map(_name, _PAIRWISE))}")
     total = column[0].clone()
     for other in column[1:]:
         total = _PAIRWISE[kind](total, other)
@@ -471,4 +473,8 @@ def _create_group(store: Any, rank: int, size: int, timeout: timedelta) -> dist.
     return _MockGroup(rank, size)
 
 
-dist.Backend.register_backend("mock", _create_group, devices=["cpu", "cuda"])
+@functools.cache
+def _install() -> None:
+    """Make torch.distributed tell ranks apart, and know the backend. Other threads go on as before."""
+    distributed_c10d._world = _GroupsOfThread(distributed_c10d._world)
+    dist.Backend.register_backend("mock", _create_group, devices=["cpu", "cuda"])

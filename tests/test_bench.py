@@ -225,6 +225,8 @@ def test_step_refuses_a_peer_without_such_a_model(capsys: pytest.CaptureFixture[
 def test_parts_of_a_step() -> None:
     assert part_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "attention"
     assert part_of("up_projection_kernel") == "expert products"
+    assert part_of("_group_chosen_kernel") == "routing"
+    assert part_of("void at::native::indexing_backward_kernel<c10::BFloat16>") == "gathers, copies"
     assert part_of("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNT") == "dense products"
     assert part_of("void at::native::vectorized_elementwise_kernel<4>") == "element-wise, reductions"
     assert part_of("mystery") == "other"

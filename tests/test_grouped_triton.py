@@ -1,16 +1,10 @@
-"""The portable Triton stages against float64, on the GPU or, without one, under Triton's interpreter.
-
-Triton decides when it is imported whether its kernels are interpreted. Where it has decided not to and there is no
-GPU, `test_under_the_interpreter` runs this file once more, in a process that decides otherwise.
+"""The portable Triton stages against float64, on the GPU or, without one, under Triton's interpreter (conftest.py).
 
 Names: T tokens, D width, E experts, I expert width, H = 2I (gated) or I, N pairs.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -27,9 +21,6 @@ from moetrain.kernels.activation import Activation, activate, activation_gradien
 from moetrain.kernels.routing import Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = not isinstance(tile_schedule._tile_schedule_kernel, triton.JITFunction)
-RUNS_KERNELS = DEVICE == "cuda" or INTERPRETED
-runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="run by test_under_the_interpreter")
 # The interpreter computes with NumPy, which warns of what GPUs do silently.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -41,15 +32,6 @@ TOLERANCE = {
     torch.float16: 2.0**-11 + SUMMED,
     torch.bfloat16: 2.0**-8 + SUMMED,
 }
-
-
-@pytest.mark.skipif(RUNS_KERNELS, reason="the kernels run in this process")
-def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -216,19 +198,16 @@ class Case:
         self.check(grouped_triton.sum_by_expert(self.dh_NH, self.routing), expected_EH, dtype=torch.float32)
 
 
-@runs_kernels
 @pytest.mark.parametrize("make_routing", ROUTINGS)
 def test_every_stage_for_every_kind_of_routing(make_routing: Callable[[], Routing]) -> None:
     Case(make_routing(), biased=True).check_all()
 
 
-@runs_kernels
 @pytest.mark.parametrize(("width", "inner"), [(16, 16), (64, 128), (208, 48)])
 def test_widths_that_tiles_divide_and_do_not_divide(width: int, inner: int) -> None:
     Case(topk(), width=width, inner=inner).check_all()
 
 
-@runs_kernels
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_activations(activation: Activation) -> None:
     case = Case(topk(), activation=activation, biased=True)
@@ -236,13 +215,11 @@ def test_activations(activation: Activation) -> None:
     case.check_hidden_gradient()
 
 
-@runs_kernels
 @pytest.mark.parametrize("make_routing", [topk, padded])
 def test_float16(make_routing: Callable[[], Routing]) -> None:
     Case(make_routing(), torch.float16).check_all()
 
 
-@runs_kernels
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU its own answer counts")
 @pytest.mark.parametrize("make_routing", [topk, padded])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
@@ -253,7 +230,6 @@ def test_tensor_descriptors(
     Case(make_routing(), torch.float16, activation=activation, biased=True).check_all()
 
 
-@runs_kernels
 @pytest.mark.parametrize("tma", [False, True])
 def test_nan_of_one_expert_stays_there(monkeypatch: pytest.MonkeyPatch, tma: bool) -> None:
     """NaN in the second expert's weights, rows and tokens changes no bit of the others' results."""
@@ -296,7 +272,6 @@ def run_stages(case: Case) -> list[Tensor]:
     ]
 
 
-@runs_kernels
 @pytest.mark.parametrize("rows_per_tile", [1, 16, 128])
 @pytest.mark.parametrize("make_routing", ROUTINGS)
 def test_tiles(monkeypatch: pytest.MonkeyPatch, make_routing: Callable[[], Routing], rows_per_tile: int) -> None:
@@ -323,7 +298,6 @@ def _write_items(out, num_items, offsets, experts, expert_tiles, column_tiles, R
     tl.store(out + 4 * item + 3, column)
 
 
-@runs_kernels
 @pytest.mark.parametrize(("rows_per_tile", "group"), [(1, 3), (16, 2), (128, 4), (8, 64)])
 @pytest.mark.parametrize("make_routing", ROUTINGS)
 def test_work_items(make_routing: Callable[[], Routing], rows_per_tile: int, group: int) -> None:

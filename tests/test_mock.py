@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +19,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moetrain.config import Config, from_dict
-from moetrain.data import Loader
 from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
 from moetrain.parallel.mock import CollectiveError, MockWorld, RankError
 from moetrain.trainer import Trainer
@@ -82,6 +83,10 @@ def every_collective() -> None:
     x = torch.empty(rank * size, 1)
     dist.all_to_all_single(x, rows, [rank] * size, list(range(size)))
     assert torch.equal(x[:, 0], torch.arange(size).repeat_interleave(rank).float())
+
+    x = torch.tensor([rank + 1])
+    dist.all_reduce(x, dist.ReduceOp.BOR)
+    assert x.item() == functools.reduce(operator.or_, range(1, size + 1))
 
     objects: list[Any] = [None] * size
     dist.all_gather_object(objects, {"rank": rank})
@@ -294,19 +299,7 @@ def train(config: Config) -> Numbers:
         logged(loss, norm, *others)
 
     trainer._report = report  # type: ignore[method-assign]
-    loader = Loader(
-        split=trainer.dataset.train,
-        seq_len=config.data.seq_len,
-        micro_batch=config.micro_batch(mesh.dp),
-        accumulation=trainer.accumulation,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        seed=config.train.seed,
-        end_of_document=trainer.dataset.end_of_document,
-        mask_documents=config.data.mask_documents,
-        prefetch=1,
-        pin=False,
-    )
+    loader = trainer._loader()
     try:
         batches = iter(loader)
         for _ in range(STEPS):
