@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 import moetrain
 from moetrain.errors import CheckpointError
@@ -56,11 +56,6 @@ _ASIDE = "step-*.tmp-*"
 
 # DCP makes two debug records for every tensor, which cost more than small tensors do.
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL)
-
-
-def expert_dtensor(local: Tensor, mesh: Mesh) -> DTensor:
-    """The logical tensor [E, …] of which `local` [E / ep, …] holds the experts of this rank; shares its memory."""
-    return DTensor.from_local(local.detach(), mesh.experts, [Replicate(), Shard(0)], run_check=False)
 
 
 # ---------------------------------------------------------------------------------------------------- on disk

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig
 from moetrain.data import IGNORED
 from moetrain.kernels import GatedActivation, Routing, activate, choose_backend, expert_mlp
-from moetrain.parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher, Mesh
+from moetrain.parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher, Mesh, Sharding
 from moetrain.router import Router, RouterStats
 
 
@@ -265,9 +265,11 @@ class Decoder(nn.Module):
         return [cast(MoE, self.blocks[layer].ffn).router for layer in self.moe_layers]
 
     @staticmethod
-    def is_expert_parameter(name: str) -> bool:
-        """Whether a parameter (by its name) is sharded over the expert-parallel ranks along its first dimension."""
-        return ".ffn.experts." in name
+    def sharding(name: str, mesh: Mesh) -> Sharding:
+        """How the parameter or buffer `name` lies on the ranks."""
+        if is_expert_parameter(name):
+            return Sharding(mesh.experts, dim=0)
+        return Sharding(mesh.dense, dim=None)
 
     def compile_dense_parts(self) -> None:
         """torch.compile attention, dense feed-forward layers, shared experts and loss; routing depends on data and is
@@ -292,7 +294,7 @@ class Decoder(nn.Module):
                 continue
             residual = name.endswith((".wo.weight", ".w_down", ".w_down.weight"))
             std = model.init_std * (residual_scale if residual else 1.0)
-            if self.is_expert_parameter(name):
+            if is_expert_parameter(name):
                 first = self.expert_rank * parameter.shape[0]
                 for local, expert in enumerate(parameter):
                     expert.normal_(0.0, std, generator=_generator(seed, f"{name}.{first + local}", parameter.device))
@@ -364,6 +366,11 @@ class Decoder(nn.Module):
             block.recompute_attention = config.mode == "selective" and on
             if block.is_moe:
                 cast(MoE, block.ffn).recompute_experts = config.mode == "selective" and on
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether `name` is a parameter [E, …] of the experts."""
+    return ".ffn.experts." in name
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:

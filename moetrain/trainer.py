@@ -114,8 +114,7 @@ class Trainer:
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh)
-        self.expert_parameters = [p for n, p in self.model.named_parameters() if Decoder.is_expert_parameter(n)]
-        self.dense_parameters = [p for n, p in self.model.named_parameters() if not Decoder.is_expert_parameter(n)]
+        self.parameters = {p: Decoder.sharding(name, mesh) for name, p in self.model.named_parameters()}
         self.optimizer = build_optimizer(self.model, config.optim, mesh.device)
 
         checkpoints = self.folder / "checkpoints"
@@ -198,8 +197,8 @@ class Trainer:
         sent_before = self.model.dispatch_bytes
         loss, routing = self._accumulate_gradients(batches)
         self.dispatch_bytes = self.model.dispatch_bytes - sent_before
-        reduce_gradients(self.dense_parameters, self.expert_parameters, self.mesh)
-        norm = gradient_norm(self.dense_parameters, self.expert_parameters, self.mesh)
+        reduce_gradients(self.parameters)
+        norm = gradient_norm(self.parameters, self.mesh.device)
         lr = learning_rate(progress.step, config.train.steps, config.optim)
         finite = self._update(norm, lr, routing)
 

@@ -10,6 +10,7 @@ from moetrain.parallel.dispatch import (
 )
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
+from moetrain.parallel.sharding import Sharding
 
 __all__ = [
     "AllToAllDispatcher",
@@ -18,6 +19,7 @@ __all__ = [
     "LocalDispatcher",
     "Mesh",
     "PairDispatcher",
+    "Sharding",
     "any_rank",
     "clip_gradients",
     "create_mesh",

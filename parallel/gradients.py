@@ -1,37 +1,41 @@
 """Gradient reduction over replicas, and the global norm.
 
-Every rank's loss is its share of the global mean, so gradients are summed, never averaged: a dense gradient over all
-ranks, an expert's over the ranks that hold the same expert (its other tokens came by all-to-all already).
+Every rank's loss is its share of the global mean, so gradients are summed, never averaged: over the ranks that hold the
+same part of a parameter (an expert's other tokens came by all-to-all already).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from moetrain.parallel.mesh import Mesh
+from moetrain.parallel.sharding import Sharding
 
 BUCKET_BYTES = 64 * 2**20
 
 
-def reduce_gradients(dense: Iterable[nn.Parameter], experts: Iterable[nn.Parameter], mesh: Mesh) -> None:
+def reduce_gradients(parameters: Mapping[nn.Parameter, Sharding]) -> None:
     """Sum gradients over the ranks that hold the same parameters, in place; a missing gradient counts as zero."""
-    _all_reduce(_gradients(dense), dist.group.WORLD, mesh.world_size)
-    _all_reduce(_gradients(experts), mesh.edp_group, mesh.edp)
+    for sharding, members in _groups(parameters):
+        _all_reduce(_gradients(members), sharding.replica_group, sharding.replicas)
 
 
-def gradient_norm(dense: Iterable[nn.Parameter], experts: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
-    """2-norm of the whole model's gradient, the same on every rank: float32 (or wider) 0-D tensor.
+def gradient_norm(parameters: Mapping[nn.Parameter, Sharding], device: torch.device) -> Tensor:
+    """2-norm of the whole model's gradient, the same on every rank: float32 (or wider) 0-D tensor on `device`.
 
     Call after :func:`reduce_gradients`. A NaN or Inf on any rank makes it NaN or Inf on every rank.
     """
-    squared = _squared_norm([p.grad for p in experts if p.grad is not None], mesh.device)
-    if mesh.ep > 1:
-        dist.all_reduce(squared, group=mesh.ep_group)
-    return (squared + _squared_norm([p.grad for p in dense if p.grad is not None], mesh.device)).sqrt()
+    total = torch.zeros((), device=device)
+    for sharding, members in _groups(parameters):
+        squared = _squared_norm([p.grad for p in members if p.grad is not None], device)
+        if sharding.shard_group is not None:
+            dist.all_reduce(squared, group=sharding.shard_group)
+        total = total + squared
+    return total.sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
@@ -43,6 +47,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: fl
     factor = max_norm / (norm + 1e-6)
     if factor < 1:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+
+
+def _groups(parameters: Mapping[nn.Parameter, Sharding]) -> list[tuple[Sharding, list[nn.Parameter]]]:
+    """Parameters that are split and replicated over the same ranks, whatever the dimension."""
+    groups: dict[tuple[DeviceMesh, bool], tuple[Sharding, list[nn.Parameter]]] = {}
+    for parameter, sharding in parameters.items():
+        key = sharding.mesh, sharding.dim is None
+        groups.setdefault(key, (sharding, []))[1].append(parameter)
+    return list(groups.values())
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -61,7 +74,7 @@ def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).square().sum()
 
 
-def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None, size: int) -> None:
+def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup, size: int) -> None:
     """Sum each gradient over the group, many small ones in one collective."""
     if size == 1:
         return
@@ -77,7 +90,7 @@ def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None, size: 
         _all_reduce_bucket(bucket, group)
 
 
-def _all_reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
+def _all_reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup) -> None:
     if len(bucket) == 1 and bucket[0].is_contiguous():
         dist.all_reduce(bucket[0], group=group)
         return

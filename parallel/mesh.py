@@ -6,6 +6,8 @@ experts reduce expert gradients among themselves. With ep = 2 and four ranks::
     rank           0  1  2  3
     ep groups     [0  1][2  3]     tokens travel here
     edp groups    [0, 2] [1, 3]    expert gradients are summed here
+
+Dense parameters lie the same way on ``tp`` consecutive ranks and the ``dp = world / tp`` that hold the same parts.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ class Mesh:
     tp: int
     ep: int
     device: torch.device
+    dense: DeviceMesh
+    """Two dimensions, "tp" and "dp"."""
     experts: DeviceMesh
-    """Two dimensions, "edp" and "ep"."""
+    """Two dimensions, "ep" and "edp"."""
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
 
@@ -45,12 +49,24 @@ class Mesh:
         return self.rank // self.tp
 
     @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
     def ep_rank(self) -> int:
         return self.rank % self.ep
 
     @property
     def edp(self) -> int:
         return self.world_size // self.ep
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.dense.get_group("tp")
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.dense.get_group("dp")
 
     @property
     def ep_group(self) -> dist.ProcessGroup:
@@ -111,11 +127,8 @@ def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minut
         tp=tp,
         ep=ep,
         device=target,
-        experts=DeviceMesh(
-            target.type,
-            torch.arange(world_size).view(world_size // ep, ep),
-            mesh_dim_names=("edp", "ep"),
-        ),
+        dense=_device_mesh(target, world_size, tp, ("tp", "dp")),
+        experts=_device_mesh(target, world_size, ep, ("ep", "edp")),
         host_group=_host_group(timeout),
         checkpoint_group=_host_group(timeout),
     )
@@ -127,6 +140,11 @@ def _environment() -> tuple[int, int, int]:
     if "RANK" in os.environ and world_size > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where the others are")
     return int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), world_size
+
+
+def _device_mesh(device: torch.device, world_size: int, consecutive: int, names: tuple[str, str]) -> DeviceMesh:
+    """`consecutive` neighbouring ranks along the first dimension."""
+    return DeviceMesh(device.type, torch.arange(world_size).view(-1, consecutive).t(), mesh_dim_names=names)
 
 
 def _host_group(timeout: timedelta) -> dist.ProcessGroup:

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain import checkpoint
-from moetrain.checkpoint import Checkpointer, expert_dtensor, find_checkpoint, find_resume, latest, load, verify
+from moetrain.checkpoint import Checkpointer, find_checkpoint, find_resume, latest, load, verify
 from moetrain.errors import CheckpointError
 from moetrain.parallel.agreement import on_all_ranks
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh
+from moetrain.parallel.sharding import Sharding
 
 EXPERTS = 4
 PROGRESS = {"step": 3, "tokens": 12_345_678_901, "loss": 0.1 + 0.2, "config_hash": "abc"}
@@ -441,7 +442,7 @@ def experts() -> dict[str, Tensor]:
 def sharded(whole: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     count = EXPERTS // mesh.ep
     here = slice(mesh.ep_rank * count, (mesh.ep_rank + 1) * count)
-    return {name: expert_dtensor(tensor[here].clone(), mesh) for name, tensor in whole.items()}
+    return {name: Sharding(mesh.experts, 0).logical(tensor[here].clone()) for name, tensor in whole.items()}
 
 
 def locally(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -530,7 +531,7 @@ def two_ranks(folder: Path, other: Path) -> None:
 
 
 def _ep1(mesh: Mesh) -> torch.distributed.DeviceMesh:
-    return torch.distributed.DeviceMesh("cpu", torch.arange(mesh.world_size).view(-1, 1), mesh_dim_names=("edp", "ep"))
+    return torch.distributed.DeviceMesh("cpu", torch.arange(mesh.world_size).view(1, -1), mesh_dim_names=("ep", "edp"))
 
 
 def on_gpus(folder: Path, _: Path) -> None:

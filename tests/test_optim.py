@@ -11,7 +11,7 @@ from torch import nn
 from moetrain.config import OptimConfig, from_dict
 from moetrain.model import Decoder
 from moetrain.optim import build_optimizer, learning_rate
-from moetrain.parallel import clip_gradients, create_mesh, destroy_mesh, gradient_norm
+from moetrain.parallel import Sharding, clip_gradients, create_mesh, destroy_mesh, gradient_norm
 
 
 def rates(steps: int, **settings: object) -> list[float]:
@@ -64,7 +64,8 @@ def test_clipping_is_that_of_torch(dtype: torch.dtype, max_norm: float) -> None:
         assert parameter.grad is not None
         copy.grad = parameter.grad.double().clone()
     mesh = create_mesh(device="cpu")
-    norm = gradient_norm(parameters[:2], parameters[2:], mesh)
+    shardings = [Sharding(mesh.dense, None), Sharding(mesh.dense, None), Sharding(mesh.experts, 0)]
+    norm = gradient_norm(dict(zip(parameters, shardings, strict=True)), mesh.device)
     destroy_mesh()
     clip_gradients(parameters, float(norm), max_norm)
     expected = nn.utils.clip_grad_norm_(copies, max_norm)
