@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 from moetrain.config import Config
 from moetrain.errors import ConfigError
 from moetrain.parallel import Mesh, create_mesh, destroy_mesh
+from moetrain.parallel.environment import meet
 
 
 @contextmanager
 def joined_mesh(config: Config) -> Iterator[Mesh]:
-    """The process group that the environment describes, left at the end; ConfigError if the config does not fit it."""
+    """The process group that the environment describes, left at the end.
+
+    Raises ConfigError if the config does not fit it, or the ranks do not fit one another.
+    """
+    store = meet(_flat(asdict(config)), config.run.device, config.run.timeout_minutes)
     try:
         mesh = create_mesh(
             tp=config.parallel.tp,
             ep=config.parallel.ep,
             device=config.run.device,
             timeout_minutes=config.run.timeout_minutes,
+            store=store,
         )
     except ValueError as error:
         raise ConfigError(f"run.device = {config.run.device}, parallel.ep = {config.parallel.ep}: {error}") from None
@@ -30,3 +38,11 @@ def joined_mesh(config: Config) -> Iterator[Mesh]:
             destroy_mesh()
         raise
     destroy_mesh()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.seed": …} from {"train": {"seed": …}}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
