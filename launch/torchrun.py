@@ -27,6 +27,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from moetrain.errors import PeerError
+
 PARENT_PID = "MOETRAIN_PARENT_PID"
 JOIN_SECONDS = 600
 """How long the agents of several nodes wait for one another."""
@@ -201,12 +203,13 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
         failure = item[1]
         if failure.exitcode == -signal.SIGTERM:
-            return 2, 0.0  # that is how the agent ends the others
+            return 3, 0.0  # that is how the agent ends the others
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT:
             return 0, failure.timestamp  # a crash or a kill is never the consequence of another rank's end
         # Recorded times are whole seconds, too coarse to tell an error from the broken connections that follow it.
         written = os.path.isfile(failure.error_file)
-        return 1, os.path.getmtime(failure.error_file) if written else failure.timestamp
+        when = os.path.getmtime(failure.error_file) if written else failure.timestamp
+        return 2 if failure.exitcode == PeerError.exit_code else 1, when
 
     return min(failures.items(), key=order)
 

@@ -44,6 +44,7 @@ from torch.distributed.tensor import DTensor
 import moetrain
 from moetrain.errors import CheckpointError
 from moetrain.files import fsync_folder, sha256, written_aside
+from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.mesh import Mesh
 
@@ -136,7 +137,7 @@ def verify(path: Path, *, checksums: bool = True, part: slice = slice(None)) -> 
             return f"{file}: {_reason(error)}"
         return None
 
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
+    with watchdog.paused(), ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
         return [line for line in pool.map(problem, list(manifest.files)[part]) if line is not None]
 
 
@@ -374,7 +375,8 @@ class Checkpointer:
             return
         target, future = self._pending
         try:
-            future.result()
+            with watchdog.paused():
+                future.result()
         except (Exception, CheckpointException) as error:
             failure = CheckpointError(f"saving {target} failed: {_reason(error)}")
             failure.agreed = isinstance(error, CheckpointError) and error.agreed

@@ -32,7 +32,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: one GPU for each process where there are GPUs, the CPU elsewhere."""
     timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run with an error."""
+    """A rank for which the others wait longer ends the run, with an error that names it."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moetrain.data import IGNORED, Dataset, check_vocabulary, heldout_batches, o
 from moetrain.errors import UserError
 from moetrain.files import write_text
 from moetrain.model import Decoder
-from moetrain.parallel import Mesh, environment_world_size, first_on_each_node
+from moetrain.parallel import Mesh, environment_world_size, first_on_each_node, watchdog
 from moetrain.ranks import joined_mesh
 from moetrain.state import logical_tensors
 
@@ -66,6 +66,7 @@ def heldout_score(model: Decoder, dataset: Dataset, config: Config, mesh: Mesh) 
         end_of_document=dataset.end_of_document if config.data.mask_documents else None,
     )
     for host_batch in batches:
+        watchdog.moved("evaluation")
         batch = host_batch.to(mesh.device)
         hidden_BSD, _ = model(batch.tokens_BS, batch.documents_BS)
         targets = (batch.targets_BS != IGNORED).sum()

@@ -49,6 +49,7 @@ from moetrain.parallel import (
     on_rank_0,
     raise_together,
     reduce_gradients,
+    watchdog,
 )
 from moetrain.plot import plot_losses
 from moetrain.ranks import joined_mesh
@@ -219,6 +220,7 @@ class Trainer:
         loss = torch.zeros((), dtype=wide, device=self.mesh.device)
         routing = RoutingTotals(len(self.model.moe_layers), config.model.num_experts, self.mesh.device)
         for micro_step in range(self.accumulation):
+            watchdog.moved(f"step {self.progress.step + 1}")
             with self.throughput.data_loading():
                 batch = next(batches).to(self.mesh.device)
             hidden_BSD, layer_stats = self.model(
