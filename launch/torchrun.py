@@ -57,12 +57,13 @@ def run(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
     os.environ[PARENT_PID] = str(os.getpid())
     if max_restarts > 0:
-        # Else torch 2.13 gives all attempts one store, in which workers find the addresses of dead ones.
+        # Else torch 2.13 gives all attempts one store, in which a worker may read what dead ones wrote.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Those of SignalForwarder are ours; the agent answers these by ending the workers.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     # Port 0: the agent's store takes a free port and the workers use that same store.
     endpoint = endpoint or "127.0.0.1:0"
+    agent: _Agent | None = None
     try:
         with (
             tempfile.TemporaryDirectory(prefix="moetrain-launch-") as folder,
@@ -99,6 +100,8 @@ def run(
             except SignalException as error:
                 return _report(f"ended by {error.sigval.name}", 128 + error.sigval)
             except RendezvousError as error:
+                if agent is not None and agent.has_started:
+                    return _report(f"the launcher at {endpoint} has ended; its output says why", 1)
                 return _report(_describe_rendezvous_error(error, nodes, endpoint), 1)
             if not result.is_failed():
                 return 0
@@ -114,6 +117,10 @@ class _Agent(LocalElasticAgent):
     """Says why it starts its workers again."""
 
     _seen: RunResult | None = None
+
+    @property
+    def has_started(self) -> bool:
+        return self._seen is not None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._seen = super()._monitor_workers(worker_group)

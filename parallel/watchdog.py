@@ -38,6 +38,8 @@ from moetrain.parallel.mesh import Mesh
 
 GRACE_MINUTES = 0.5
 _LOOK_SECONDS = 2.0
+_ANSWER_LOOKS = 3
+"""A rank that writes nothing while another looks so often does not answer."""
 _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTED = str(Path(dist.__file__).parent)
 
@@ -117,7 +119,7 @@ class Watchdog:
                 return None
             if message is None:
                 before = self._states()
-                deadline = time.monotonic() + 3 * self._interval
+                deadline = time.monotonic() + _ANSWER_LOOKS * self._interval
                 while message is None and time.monotonic() < deadline:
                     time.sleep(self._interval / 4)
                     message = self._verdict()
@@ -132,6 +134,7 @@ class Watchdog:
             message = "the process that held the ranks' store has ended: rank 0, or its launcher or node"
         peer = PeerError(message)
         peer.agreed = not self._tells()
+        time.sleep(2 * self._interval)  # let the rank that failed end first, so that launchers report that one
         return peer
 
     # The thread
@@ -140,33 +143,45 @@ class Watchdog:
         last: object = None
         since = time.monotonic()
         while not self._closed.is_set():
-            self._beat += 1
-            stack, place, waits = _look(self._main)
+            stack, state = self._look()
             # Kernels are tuned by compiling them in child processes from one line of code.
-            now = (self._moves, os.times().children_user, stack)
+            now = (state.moves, os.times().children_user, stack)
             if now != last or self._pauses:
                 last, since = now, time.monotonic()
-            state = State(self._beat, self._moves, self._doing, place, waits)
+            stuck = time.monotonic() - since > self._limit
+            message: str | None
             try:
-                self._store.set(f"rank {self._rank}", json.dumps(asdict(state)))
+                self._write(state)
                 message = self._verdict()
-                if message is None and time.monotonic() - since > self._limit:
-                    judgement = self._judge()
-                    message = None if judgement is None else self._proclaim(judgement)
+                if message is None and stuck and (judgement := self._judge()) is not None:
+                    message = self._proclaim(judgement)
             except RuntimeError:  # the store has gone
-                stuck = time.monotonic() - since > self._limit
-                message = (
-                    f"no progress {state}, and the process that held the ranks' store has ended" if stuck else None
-                )
+                message = f"no progress {state}; the process that held the ranks' store has ended" if stuck else None
             if message is not None and self._ending.acquire(blocking=False):
                 self._end(message)
             self._closed.wait(self._interval)
 
+    def _look(self) -> tuple[tuple[tuple[int, int], ...], State]:
+        """What tells one place in the main thread's program from another, and the state of this rank."""
+        frame: FrameType | None = sys._current_frames().get(self._main)
+        stack: list[tuple[int, int]] = []
+        place, waits = "", frame is not None and frame.f_code.co_filename.startswith(_DISTRIBUTED)
+        while frame is not None:  # held no longer than needed: it keeps the tensors of its variables alive
+            code = frame.f_code
+            stack.append((id(code), frame.f_lasti))
+            if not place and not code.co_filename.startswith(_TORCH):
+                place = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+            frame = frame.f_back
+        self._beat += 1
+        return tuple(stack), State(self._beat, self._moves, self._doing, place, waits)
+
     def _judge(self) -> str | None:
         """Which rank is waited for, and where the others are; None if this rank goes on after all."""
         before, moves = self._states(), self._moves
-        if self._closed.wait(2.5 * self._interval) or self._moves != moves:
-            return None
+        for _ in range(_ANSWER_LOOKS):
+            if self._closed.wait(self._interval) or self._moves != moves:
+                return None
+            self._write(self._look()[1])  # others may be judging too
         states = self._states()
         limit = f"{self._limit:g} seconds" if self._limit < 60 else f"{self._limit / 60:g} minutes"
         start = f"no progress for {limit} (run.timeout_minutes): "
@@ -189,10 +204,13 @@ class Watchdog:
             os.write(2, f"moetrain: error: rank {self._rank}: {message}\n".encode())
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
-        time.sleep(2 * self._interval)  # the others may need this process to read the verdict
+        time.sleep(2 * self._interval)  # as above; and the others may need this process to read the verdict
         os._exit(PeerError.exit_code)
 
     # The store
+
+    def _write(self, state: State) -> None:
+        self._store.set(f"rank {self._rank}", json.dumps(asdict(state)))
 
     def _verdict(self) -> str | None:
         return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
@@ -268,20 +286,6 @@ def paused() -> Iterator[None]:
     else:
         with _watchdog.paused():
             yield
-
-
-def _look(thread: int) -> tuple[tuple[tuple[int, int], ...], str, bool]:
-    """What tells one place in a thread's program from another, its name, and whether it is in a collective."""
-    frame: FrameType | None = sys._current_frames().get(thread)
-    stack: list[tuple[int, int]] = []
-    place, waits = "", frame is not None and frame.f_code.co_filename.startswith(_DISTRIBUTED)
-    while frame is not None:  # held no longer than needed: it keeps the tensors of its variables alive
-        code = frame.f_code
-        stack.append((id(code), frame.f_lasti))
-        if not place and not code.co_filename.startswith(_TORCH):
-            place = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
-        frame = frame.f_back
-    return tuple(stack), place, waits
 
 
 def _places(ranks: Sequence[int], states: dict[int, State]) -> str:

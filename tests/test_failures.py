@@ -29,13 +29,15 @@ class Run:
 
     def __init__(self, folder, data, fault, *overrides, options=("2",)):
         self.folder = folder
+        self.out = folder.with_suffix(".out")
         arguments = ["train", *SMALL, f"data.path={data}", f"run.dir={folder}", "train.steps=8", *overrides]
+        arguments.append("checkpoint.asynchronous=false")  # saved before the fault
         path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
         self.launchers = [
             subprocess.Popen(
                 [sys.executable, "-c", LAUNCH.format(launch), *arguments],
                 env=environment() | {"FAULT": fault, "PYTHONPATH": path},
-                stdout=subprocess.DEVNULL,
+                stdout=self.out.open("w"),
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -99,13 +101,23 @@ def test_a_rank_that_hangs_is_named(tmp_path, data_folder):
     assert run.saved_step() == 3
 
 
-def test_a_rank_that_is_killed_on_another_node(tmp_path, data_folder):
-    nodes = f"1, nodes=2, endpoint='127.0.0.1:{free_port()}', run_id='test'"
-    run = Run(tmp_path / "run", data_folder, "kill:1:5", "run.timeout_minutes=0.05", options=(nodes, nodes))
-    ended = sorted(run.end())  # whichever node has rank 1
-    assert [code for code, _ in ended] == [PeerError.exit_code, 137], ended
-    assert "PeerError: rank 1 does not answer, having died, been stopped or lost the network, last seen" in ended[0][1]
-    assert re.fullmatch(r"moetrain: rank 1 \(pid \d+\) was killed by SIGKILL .*\n", ended[1][1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_on_one_of_two_nodes(rank, tmp_path, data_folder):
+    endpoint = f"127.0.0.1:{free_port()}"
+    node = f"1, nodes=2, endpoint='{endpoint}', run_id='test'"
+    run = Run(tmp_path / "run", data_folder, f"kill:{rank}:5", "run.timeout_minutes=0.05", options=(node, node))
+    ended = run.end()
+    killed, left = ended if ended[0][0] == 137 else reversed(ended)
+    assert killed[0] == 137, ended
+    assert re.fullmatch(rf"moetrain: rank {rank} \(pid \d+\) was killed by SIGKILL .*", last_line(killed[1]))
+    reasons = [(75, f": PeerError: rank {rank} does not answer, having died, been stopped or lost the network")]
+    if rank == 0:  # with the launcher of rank 0 the store goes
+        reasons += [
+            (75, ": PeerError: the process that held the ranks' store has ended: rank 0, or its launcher or node")
+        ]
+    # If that launcher was the one at the endpoint, the other launcher cannot go on.
+    reasons += [(1, f"moetrain: the launcher at {endpoint} has ended; its output says why")]
+    assert any(code == left[0] and reason in last_line(left[1]) for code, reason in reasons), ended
     assert run.saved_step() == 3
 
 
@@ -117,9 +129,8 @@ def test_a_restart_goes_on_from_the_last_checkpoint(tmp_path, data_folder):
         r"moetrain: rank 0 \(pid \d+\) was killed by SIGKILL .*; all ranks start again \(restart 1 of 2\)\n", error
     )
     assert run.saved_step() == 8
-    whole = Run(tmp_path / "whole", data_folder, "none:0:0")
-    assert whole.end() == [(0, "")]
-    assert run.losses() == whole.losses()
+    assert f"resumed from {run.folder / 'checkpoints' / 'step-00000003'}" in run.out.read_text()
+    assert list(run.losses()) == list(range(1, 9))
 
 
 def test_ranks_with_different_configs_do_not_start(tmp_path, data_folder):
