@@ -130,6 +130,16 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     if command == "data":
         _add_data_commands(data)
 
+    checkpoint = _add_command(
+        commands,
+        "checkpoint",
+        "inspect, verify and convert checkpoints",
+        "Look into checkpoints, check every byte, and turn them into safetensors and back.",
+        "examples:\n  moetrain checkpoint info runs/tiny\n  moetrain checkpoint verify runs/tiny\n",
+    )
+    if command == "checkpoint":
+        _add_checkpoint_commands(checkpoint)
+
     config = _add_command(
         commands,
         "config",
@@ -202,6 +212,44 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     )
     add_info_arguments(info)
     info.set_defaults(handler=info_command)
+
+
+def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
+    from moetrain import checkpoint_commands as run  # it takes torch with it, as the data commands do
+
+    commands = checkpoint.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    info = _add_command(
+        commands,
+        "info",
+        "what is in a checkpoint",
+        "Print who wrote a checkpoint and when, how far the run was, and what its parts hold.",
+        "examples:\n  moetrain checkpoint info runs/tiny\n",
+    )
+    run.add_info_arguments(info)
+    info.set_defaults(handler=run.info_command)
+    verify = _add_command(
+        commands,
+        "verify",
+        "compare every byte with its checksum",
+        "Read all files of checkpoints and print a line for each that is damaged or missing; exit code 1 if any is.",
+        "examples:\n  moetrain checkpoint verify runs/tiny\n"
+        "  moetrain checkpoint verify runs/tiny/checkpoints/step-00000100\n",
+    )
+    run.add_verify_arguments(verify)
+    verify.set_defaults(handler=run.verify_command)
+    convert = _add_command(
+        commands,
+        "convert",
+        "to safetensors and back",
+        "Write a checkpoint as a folder of safetensors under moetrain's names, or such a folder as a checkpoint.\n"
+        "Other numbers of ranks and other parallelism need no conversion: a checkpoint loads under any.",
+        "examples:\n"
+        "  moetrain checkpoint convert runs/tiny --out tiny-weights --weights-only --dtype bfloat16\n"
+        "  moetrain checkpoint convert runs/tiny --out tiny-all\n"
+        "  moetrain checkpoint convert tiny-all --out runs/again/checkpoints/step-00000320\n",
+    )
+    run.add_convert_arguments(convert)
+    convert.set_defaults(handler=run.convert_command)
 
 
 def _add_bench_commands(bench: argparse.ArgumentParser) -> None:

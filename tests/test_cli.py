@@ -70,12 +70,16 @@ def fail_with(monkeypatch, error):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["train", "evaluate", "data", "config", "plan", "examples:"]),
+        ([], ["train", "evaluate", "data", "checkpoint", "config", "plan", "examples:"]),
         (["train"], ["CONFIG", "key=value", "--nproc", "--launcher", "default", "examples:"]),
         (["evaluate"], ["RUN_OR_CHECKPOINT", "--json", "--nproc", "examples:"]),
         (["data"], ["build", "info", "examples:"]),
         (["data", "build"], ["--out", "--tokenizer", "default", "examples:"]),
         (["data", "info"], ["--verify", "examples:"]),
+        (["checkpoint"], ["info", "verify", "convert", "examples:"]),
+        (["checkpoint", "info"], ["PATH", "examples:"]),
+        (["checkpoint", "verify"], ["PATH", "exit code 1", "examples:"]),
+        (["checkpoint", "convert"], ["--out", "--weights-only", "--dtype", "examples:"]),
         (["config"], ["CONFIG", "list", "examples:"]),
         (["plan"], ["--world-size", "default", "examples:"]),
     ],
