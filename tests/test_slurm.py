@@ -75,7 +75,9 @@ def test_two_nodes_save_before_the_time_limit_and_queue_again(slurm, tmp_path, d
     folder = tmp_path / "run"
     job = submit([*SMALL, f"data.path={data_folder}", f"run.dir={folder}", "train.steps=100000", "--nproc", "1"], slurm)
     try:
-        wait_until(lambda: (folder / "metrics.jsonl").exists() or job.poll() is not None)
+        # Until both have done a step, and so listen.
+        metrics = folder / "metrics.jsonl"
+        wait_until(lambda: (metrics.exists() and metrics.stat().st_size > 0) or job.poll() is not None)
         job.send_signal(signal.SIGUSR1)
         out, _ = job.communicate(timeout=60)
     finally:
