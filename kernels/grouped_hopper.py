@@ -100,7 +100,7 @@ NARROW_GATHER = GatherConfig(BLOCK_N=128, BLOCK_K=64, STAGES=6, CHUNK=32)
 @functools.cache
 def gather_configs(columns: int, group: int) -> tuple[GatherConfig, ...]:
     """For a GEMM with so many output columns, the likely one first."""
-    ordered = (NARROW_GATHER, WIDE_GATHER) if prefers_narrow(columns) else (WIDE_GATHER, NARROW_GATHER)
+    ordered = (NARROW_GATHER, WIDE_GATHER) if prefers_narrow(columns, rate=0.85) else (WIDE_GATHER, NARROW_GATHER)
     return (*_groupings(replace(ordered[0], GROUP=group)), replace(ordered[1], GROUP=group))
 
 
@@ -112,13 +112,13 @@ def weight_gradient_configs(gather_left: bool, columns: int) -> tuple[WeightGrad
     else:
         wide = WeightGradientConfig(BLOCK_P=256, BLOCK_Q=128, BLOCK_K=64, STAGES=4, LOADER_REGISTERS=40)
     narrow = replace(wide, BLOCK_P=128, BLOCK_Q=128, STAGES=6)
-    return (narrow, wide) if prefers_narrow(columns) else (wide, narrow)
+    return (narrow, wide) if prefers_narrow(columns, rate=0.7) else (wide, narrow)
 
 
-def prefers_narrow(columns: int) -> bool:
+def prefers_narrow(columns: int, rate: float) -> bool:
     """Whether tiles of 128 columns compute so much less beyond the last column than tiles of 256 that it makes up for
-    their rate, taken as 0.8: they move 1.3 times as much through shared memory for each product."""
-    return -(-columns // 128) * 128 < 0.8 * (-(-columns // 256) * 256)
+    their lower `rate` (measured), as they move 1.3 times as much through shared memory for each product."""
+    return -(-columns // 128) * 128 < rate * (-(-columns // 256) * 256)
 
 
 def up_projection(
