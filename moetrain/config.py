@@ -213,6 +213,9 @@ class ParallelConfig:
     """Data-parallel ranks; default world / tp."""
     tp: int = 1
     ep: int = 1
+    wire: Literal["compute", "bfloat16", "float8"] = "compute"
+    """How rows travel to experts of other ranks: as they are, rounded to bfloat16, or as E4M3 with a scale for each 128
+    columns (then the experts' sums return in bfloat16)."""
     engine: Literal["torch"] = "torch"
 
 

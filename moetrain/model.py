@@ -160,7 +160,7 @@ class MoE(nn.Module):
             param_dtype=dtype,
         )
         self.dispatcher: Dispatcher = (
-            LocalDispatcher() if mesh is None or ep == 1 else AllToAllDispatcher(mesh.ep_group)
+            LocalDispatcher() if mesh is None or ep == 1 else AllToAllDispatcher(mesh.ep_group, config.parallel.wire)
         )
         self.experts = Experts(model, model.num_experts // ep, config.kernels.experts, dtype)
         self.shared = SharedExpert(model, dtype) if model.shared_dim else None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moetrain.kernels import Routing, choose_backend
 from moetrain.kernels.expert_mlp import stages
+from moetrain.parallel.wire import Wire, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ class LocalDispatcher:
 class _Exchange:
     """Rows between the ranks of a group, expert e on rank e // (E / ep), and the bytes that they take."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, wire: Wire = "compute"):
+        """`wire`: the format of rows on their way to the experts; what the experts return, weighted sums and the
+        gradients of such rows, is at least bfloat16."""
         self.group = group
         self.ep = group.size()
+        self.outward = wire
+        self.homeward: Wire = "bfloat16" if wire == "float8" else wire
         self.bytes_sent = 0
 
     def experts_per_rank(self, routing: Routing) -> int:
@@ -77,9 +82,11 @@ class _Exchange:
             raise ValueError(f"{routing.num_experts} experts cannot be shared evenly by {self.ep} ranks")
         return routing.num_experts // self.ep
 
-    def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Rows to and from each rank; differentiable."""
-        return _AllToAll.apply(x, send, receive, self)
+    def exchange(
+        self, x: Tensor, send: list[int], receive: list[int], wire: Wire = "compute", back: Wire = "compute"
+    ) -> Tensor:
+        """Rows to and from each rank, in the format `wire`; differentiable, gradients in the format `back`."""
+        return _AllToAll.apply(x, send, receive, self, wire, back)
 
     def exchange_sizes(self, sizes: Tensor) -> tuple[Tensor, list[list[int]]]:
         """Row p of `sizes`, int [ep, n], goes to rank p: what arrived, and 2n lists of ep numbers, first those sent and
@@ -88,14 +95,14 @@ class _Exchange:
         dist.all_to_all_single(received, sizes, group=self.group)
         return received, torch.cat([sizes, received], 1).t().tolist()
 
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], wire: Wire) -> Tensor:
         """Rows to and from each rank, counted; without autograd."""
-        # A strided input would be read as if it were contiguous: wrong numbers, no error.
-        x = x.contiguous()
-        output = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(output, x, receive, send, group=self.group)
-        self.bytes_sent += (sum(send) - send[self.group.rank()]) * x.shape[1:].numel() * x.element_size()
-        return output
+        # A strided tensor would be read as if it were contiguous: wrong numbers, no error. `pack` makes it so.
+        packed = pack(x, wire)
+        received = packed.new_empty(sum(receive), *packed.shape[1:])
+        dist.all_to_all_single(received, packed, receive, send, group=self.group)
+        self.bytes_sent += (sum(send) - send[self.group.rank()]) * packed.shape[1:].numel() * packed.element_size()
+        return unpack(received, wire, x.shape[-1], x.dtype)
 
 
 class AllToAllDispatcher(_Exchange):
@@ -124,7 +131,8 @@ class AllToAllDispatcher(_Exchange):
         pairs = slice(sum(pairs_sent))
         row_of_pair_N = (reached_TP.cumsum(0, dtype=torch.int32) - 1)[routing.token_ids_N, destination_N]
         indices = torch.stack([row_of_pair_N, (expert_ids_N % experts).to(torch.int32)], 1)[pairs]
-        x_RD = self.exchange(_GatherRows.apply(x_TD, rows), rows_sent, rows_received)
+        rows_SD = _GatherRows.apply(x_TD, rows)
+        x_RD = self.exchange(rows_SD, rows_sent, rows_received, self.outward, self.homeward)
         indices = self.exchange(indices, pairs_sent, pairs_received)
         weights = self.exchange(routing.weights_N[pairs], pairs_sent, pairs_received)
 
@@ -140,7 +148,8 @@ class AllToAllDispatcher(_Exchange):
         """Return each row's weighted sum to its source and add the rows of each token: [R, D] → [T, D]."""
         way = dispatched.way_back
         assert way is not None, "these rows were not dispatched by this dispatcher"
-        return _SumRows.apply(self.exchange(y_RD, way.rows_received, way.rows_sent), way.rows)
+        y_SD = self.exchange(y_RD, way.rows_received, way.rows_sent, self.homeward, self.outward)
+        return _SumRows.apply(y_SD, way.rows)
 
 
 class PairDispatcher(_Exchange):
@@ -152,7 +161,7 @@ class PairDispatcher(_Exchange):
         experts = self.experts_per_rank(routing)
         pairs_to = routing.expert_offsets[::experts].diff()
         _, (sent, received) = self.exchange_sizes(pairs_to[:, None])
-        x_RD = self.exchange(x_TD[routing.token_ids_N], sent, received)
+        x_RD = self.exchange(x_TD[routing.token_ids_N], sent, received, self.outward, self.homeward)
         expert_ids_R = self.exchange(routing.expert_ids_N % experts, sent, received)
         local = Routing.from_topk(expert_ids_R[:, None], x_RD.new_ones(x_RD.shape[0], 1), experts)
         return Dispatched(x_RD, local, WayBack(routing, sent, received))
@@ -160,7 +169,7 @@ class PairDispatcher(_Exchange):
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         way = dispatched.way_back
         assert way is not None, "these rows were not dispatched by this dispatcher"
-        y_ND = self.exchange(y_RD, way.rows_received, way.rows_sent)
+        y_ND = self.exchange(y_RD, way.rows_received, way.rows_sent, self.homeward, self.outward)
         accumulator = torch.promote_types(y_ND.dtype, torch.float32)
         weighted_ND = y_ND.to(accumulator) * way.rows.weights_N.to(accumulator)[:, None]
         y_TD = weighted_ND.new_zeros(way.rows.num_tokens, y_ND.shape[1])
@@ -213,10 +222,12 @@ class _AllToAll(torch.autograd.Function):
     """All-to-all of rows with uneven splits; the backward is the same with the splits exchanged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], via: _Exchange) -> Tensor:
-        ctx.send, ctx.receive, ctx.via = send, receive, via
-        return via.all_to_all(x, send, receive)
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], via: _Exchange, wire: Wire, back: Wire
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.via, ctx.back = send, receive, via, back
+        return via.all_to_all(x, send, receive, wire)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.via.all_to_all(grads[0], ctx.receive, ctx.send), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return ctx.via.all_to_all(grads[0], ctx.receive, ctx.send, ctx.back), None, None, None, None, None
