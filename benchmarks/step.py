@@ -1,4 +1,6 @@
-"""``moetrain bench step``: whole training steps of a config on one GPU, beside Hugging Face transformers' model.
+"""``moetrain bench step``: whole training steps of a config, on one GPU beside Hugging Face transformers' model.
+
+Under torchrun all ranks run the step, and rank 0 measures.
 
 The tokens are random: a step costs the same whatever they are, but for the balance of the experts, and a freshly
 initialised router is nearly balanced on them.
@@ -7,13 +9,16 @@ initialised router is nearly balanced on them.
 from __future__ import annotations
 
 import gc
+import io
 import re
+import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,8 @@ from moetrain.errors import ConfigError
 from moetrain.files import sha256
 from moetrain.flops import flops_per_token, peak_tflops
 from moetrain.model import derive_seed
+from moetrain.parallel import Mesh, any_rank, environment_world_size, on_all_ranks, on_rank_0
+from moetrain.plan import dispatch_bytes
 from moetrain.ranks import joined_mesh
 from moetrain.trainer import Trainer
 
@@ -40,6 +47,8 @@ DEFAULTS = ("train.param_dtype=bfloat16", "train.activation_checkpointing.mode=n
 """Before the user's overrides; a step is one micro-batch unless train.tokens_per_step is overridden."""
 
 PARTS = {
+    "all-to-all": r"nccl\w*(SendRecv|AllToAll)",
+    "other collectives": r"nccl",
     "attention": r"flash|fmha|sdpa|attention",
     "expert products": r"(up_projection|linear|hidden_gradient|weight_gradient|contiguous)_kernel|group(?!_chosen)",
     "routing": r"topk|^_(rank|count|scan|turn|flip|count_chosen|group_chosen|cells_of_pairs|forward|backward)_kernel"
@@ -68,47 +77,62 @@ class Options:
     json: str | None = None
 
 
-Step = Callable[[], None]
+Step = Callable[[], int]
+"""Returns the bytes that this rank's MoE layers sent to others."""
 
 
 def step_command(options: Options) -> int:
     """Run the benchmark; returns 0. Raises ConfigError for a bad config or a peer that has no such model."""
+    world_size = environment_world_size()
     given = any(override.startswith("train.tokens_per_step=") for override in options.overrides)
     config = load_config(options.config, [*DEFAULTS, *options.overrides])
-    tokens_per_step = config.train.tokens_per_step if given else config.train.micro_batch * config.data.seq_len
-    config = replace(config, train=replace(config.train, tokens_per_step=tokens_per_step))
-    check_world(config, 1)
+    if not given:
+        share = config.train.micro_batch * config.data.seq_len
+        tokens_per_step = share * (world_size // config.parallel.tp or 1)
+        config = replace(config, train=replace(config.train, tokens_per_step=tokens_per_step))
+    check_world(config, world_size)
     if options.peer is not None:
-        _check_peer(config)
-    deadline = Deadline(options.budget_seconds)
-    device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-    report = Report("step", device, options.json)
-    report.contents["data"] = "random tokens"
-    with tempfile.TemporaryDirectory() as folder:
-        config = _for_benchmark(config, Path(folder))
-        say(f"{tokens_per_step:,} random tokens a step, {config.micro_batch(1)} × {config.data.seq_len} at a time")
-        runs = {"moetrain": _moetrain}
-        if options.peer is not None:
-            runs["transformers"] = _transformers
-        for name in reversed(runs) if options.peer_first else runs:
-            if deadline.passed:
-                say(f"--budget-seconds is spent: {name} was not measured")
-                break
-            with runs[name](config, device) as step:
-                row = {"name": name, **_measure(step, config, device, options, deadline)}
-            del step  # holds the model
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                row["left_gib"] = torch.cuda.memory_allocated(device) / GIB
-            report.add(row)
-            _show(row)
+        _check_peer(config, world_size)
+    with joined_mesh(config) as mesh, redirect_stdout(sys.stdout if mesh.rank == 0 else io.StringIO()):
+        folder = on_rank_0(lambda: Path(tempfile.mkdtemp()), mesh.host_group)
+        try:
+            config = _for_benchmark(config, folder)
+            on_rank_0(lambda: _write_random_tokens(folder / "data", config), mesh.host_group)
+            _bench(config, mesh, options)
+        finally:
+            if mesh.rank == 0:
+                shutil.rmtree(folder)
     return 0
+
+
+def _bench(config: Config, mesh: Mesh, options: Options) -> None:
+    deadline = Deadline(options.budget_seconds)
+    report = Report("step", mesh.device, options.json if mesh.rank == 0 else None)
+    report.contents |= {"data": "random tokens", "parallel": asdict(config.parallel), "world_size": mesh.world_size}
+    say(
+        f"{config.train.tokens_per_step:,} random tokens a step on {mesh.world_size} ranks, "
+        f"{config.micro_batch(mesh.dp)} × {config.data.seq_len} at a time"
+    )
+    runs = {"moetrain": _moetrain}
+    if options.peer is not None:
+        runs["transformers"] = _transformers
+    for name in reversed(runs) if options.peer_first else runs:
+        if any_rank(deadline.passed, mesh):
+            say(f"--budget-seconds is spent: {name} was not measured")
+            break
+        with runs[name](config, mesh) as step:
+            row = {"name": name, **_measure(step, config, mesh, options, deadline)}
+        del step  # holds the model
+        gc.collect()
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+            row["left_gib"] = torch.cuda.memory_allocated(mesh.device) / GIB
+        report.add(row)
+        _show(row)
 
 
 def _for_benchmark(config: Config, folder: Path) -> Config:
     """The same without checkpoints, evaluation and reports, on random tokens in `folder`."""
-    _write_random_tokens(folder / "data", config)
     return replace(
         config,
         run=replace(config.run, dir=str(folder / "run")),
@@ -139,7 +163,7 @@ def _write_random_tokens(folder: Path, config: Config) -> None:
 
 @contextmanager
 def _loader(config: Config, device: torch.device) -> Iterator[Loader]:
-    """The same batches for everyone."""
+    """The batches that the trainer gets on one rank."""
     dataset = open_dataset(config.data)
     loader = Loader(
         split=dataset.train,
@@ -161,21 +185,29 @@ def _loader(config: Config, device: torch.device) -> Iterator[Loader]:
 
 
 @contextmanager
-def _moetrain(config: Config, device: torch.device) -> Iterator[Step]:
+def _moetrain(config: Config, mesh: Mesh) -> Iterator[Step]:
     """A step of the trainer."""
-    with joined_mesh(config) as mesh, _loader(config, device) as loader:
-        trainer = Trainer(config, mesh)
-        backend = trainer.model.expert_backend if trainer.model.moe_layers else "none"
-        say(f"moetrain: experts by {backend}, compile={config.train.compile}")
-        try:
-            yield lambda: trainer._step(loader)
-        finally:
-            trainer.checkpointer.close()
-            if trainer.logger is not None:
-                trainer.logger.close()
+    trainer = Trainer(config, mesh)
+    backend = trainer.model.expert_backend if trainer.model.moe_layers else "none"
+    say(f"moetrain: experts by {backend}, compile={config.train.compile}")
+    loader = trainer._loader()
+
+    def step() -> int:
+        trainer._step(loader)
+        return trainer.dispatch_bytes
+
+    try:
+        yield step
+    finally:
+        loader.close()
+        trainer.checkpointer.close()
+        if trainer.logger is not None:
+            trainer.logger.close()
 
 
-def _check_peer(config: Config) -> None:
+def _check_peer(config: Config, world_size: int) -> None:
+    if world_size > 1:
+        raise ConfigError("--peer transformers: runs on one rank; start it without torchrun")
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -187,11 +219,11 @@ def _check_peer(config: Config) -> None:
 
 
 @contextmanager
-def _transformers(config: Config, device: torch.device) -> Iterator[Step]:
+def _transformers(config: Config, mesh: Mesh) -> Iterator[Step]:
     """transformers' OLMoE of the same shape in bfloat16, torch's fused AdamW, the same tokens and clipping."""
     from transformers import AutoModelForCausalLM, OlmoeConfig
 
-    model, optim = config.model, config.optim
+    model, optim, device = config.model, config.optim, mesh.device
     settings: dict[str, Any] = {"experts_implementation": "grouped_mm", "attn_implementation": "sdpa"}
     description = OlmoeConfig(
         vocab_size=model.vocab_size,
@@ -224,7 +256,7 @@ def _transformers(config: Config, device: torch.device) -> Iterator[Step]:
 
     with _loader(config, device) as loader:
 
-        def step() -> None:
+        def step() -> int:
             for _ in range(accumulation):
                 tokens_BS = next(loader).to(device).tokens_BS
                 (network(input_ids=tokens_BS, labels=tokens_BS).loss / accumulation).backward()
@@ -232,6 +264,7 @@ def _transformers(config: Config, device: torch.device) -> Iterator[Step]:
                 nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+            return 0
 
         yield step
 
@@ -240,18 +273,23 @@ def _transformers(config: Config, device: torch.device) -> Iterator[Step]:
 # Measuring
 
 
-def _measure(step: Step, config: Config, device: torch.device, options: Options, deadline: Deadline) -> dict[str, Any]:
+def _measure(step: Step, config: Config, mesh: Mesh, options: Options, deadline: Deadline) -> dict[str, Any]:
+    device = mesh.device
     start = time.perf_counter()
     step()
     synchronize(device)
     first_step = time.perf_counter() - start
-    for _ in range(options.warmup - 1):
-        step()
+    sent = 0
+    for _ in range(options.warmup):
+        sent = step()
     synchronize(device)
     row: dict[str, Any] = {"first_step_s": first_step}
+    if mesh.ep > 1:
+        row["dispatch_bytes"] = sum(on_all_ranks(lambda: sent, mesh.host_group))
+        row["dispatch_bytes_predicted"] = dispatch_bytes(config)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = _step_seconds(step, options.steps, device, deadline)
+    seconds = _step_seconds(step, options.steps, mesh, deadline)
     tokens = config.train.tokens_per_step
     rate = tokens / statistics.median(seconds)
     row |= {
@@ -267,24 +305,25 @@ def _measure(step: Step, config: Config, device: torch.device, options: Options,
     row |= {
         "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
         "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
-        "mfu": None if peak is None else rate * flops_per_token(config).total / (peak * 1e12),
+        "mfu": None if peak is None else rate / mesh.world_size * flops_per_token(config).total / (peak * 1e12),
     }
-    if not deadline.passed:
+    if not any_rank(deadline.passed, mesh):
         row |= _profile(step, device)
     return row
 
 
-def _step_seconds(step: Step, steps: int, device: torch.device, deadline: Deadline) -> list[float]:
+def _step_seconds(step: Step, steps: int, mesh: Mesh, deadline: Deadline) -> list[float]:
     """Seconds of each step, without waiting between them; a passed deadline ends early, after three."""
+    device = mesh.device
     if device.type != "cuda":
         times = [time.perf_counter()]
-        while len(times) <= steps and not (deadline.passed and len(times) > 3):
+        while len(times) <= steps and not (len(times) > 3 and any_rank(deadline.passed, mesh)):
             step()
             times.append(time.perf_counter())
         return [end - start for start, end in pairwise(times)]
     events = [torch.cuda.Event(enable_timing=True)]
     events[0].record()
-    while len(events) <= steps and not (deadline.passed and len(events) > 3):
+    while len(events) <= steps and not (len(events) > 3 and any_rank(deadline.passed, mesh)):
         step()
         events.append(torch.cuda.Event(enable_timing=True))
         events[-1].record()
@@ -328,6 +367,9 @@ def _show(row: dict[str, Any]) -> None:
         f"{row['name']}: {row['tokens_per_s']:,.0f} tokens/s, {row['step_ms']:.1f} ms a step (median of "
         f"{row['steps']}){mfu}{memory}; first step {row['first_step_s']:.1f} s"
     )
+    if "dispatch_bytes" in row:
+        measured, predicted = row["dispatch_bytes"], row["dispatch_bytes_predicted"]
+        say(f"dispatched {measured:,} bytes a step, {measured / predicted:.3f} of the {predicted:,.0f} of even routing")
     if "parts_ms" in row:
         total = sum(row["parts_ms"].values())
         table(

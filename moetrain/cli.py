@@ -235,11 +235,12 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
         commands,
         "step",
         "whole training steps of a config",
-        "Time training steps of CONFIG on one GPU, on random tokens. Unless overridden: bfloat16 parameters and Adam\n"
-        "states, no activation checkpointing, and one micro-batch of 4 sequences a step.",
+        "Time training steps of CONFIG on random tokens, on one GPU or, under torchrun, several. Unless overridden:\n"
+        "bfloat16 parameters and Adam states, no activation checkpointing, and a micro-batch of 4 sequences a rank.",
         "examples:\n"
         "  moetrain bench step olmoe-1b-7b --peer transformers --json step.json\n"
-        "  moetrain bench step olmoe-1b-7b model.n_layers=4 train.compile=true\n",
+        "  moetrain bench step olmoe-1b-7b model.n_layers=4 train.compile=true\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench step moe-7b-fine model.n_layers=4 parallel.ep=2\n",
     )
     _add_config(step)
     step.add_argument(

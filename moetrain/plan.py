@@ -6,12 +6,14 @@ Widths: D model, E experts, K experts a token, I expert, F dense feed-forward, S
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 from rich.console import Console
 from rich.table import Table
 
 from moetrain.config import Config, check_world
 from moetrain.flops import ParameterCount, TrainingFlops, flops_per_token, parameters
+from moetrain.parallel.wire import homeward, row_bytes
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
@@ -35,6 +37,8 @@ class Plan:
     flops_per_token: TrainingFlops
     tokens_per_step: int
     accumulation_steps: int
+    dispatch_bytes: float
+    """That all ranks together send to one another in a step: see :func:`dispatch_bytes`."""
     expert_ranks: tuple[tuple[range, range], ...]
     """(experts, ranks that hold them), in logical experts of every MoE layer; empty for a dense model."""
 
@@ -69,6 +73,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         flops_per_token=flops_per_token(config),
         tokens_per_step=config.train.tokens_per_step,
         accumulation_steps=config.accumulation_steps(world_size // config.parallel.tp),
+        dispatch_bytes=dispatch_bytes(config),
         expert_ranks=tuple(
             (range(place * owned, (place + 1) * owned), range(place, world_size, ep))
             for place in range(ep)
@@ -136,6 +141,31 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     return kept * tokens + max(recomputed * tokens, head)
 
 
+def dispatch_bytes(config: Config) -> float:
+    """Expected bytes that all ranks' MoE layers send to other ranks in a step, where every token's K experts are any K.
+
+    A row goes to each rank that holds one of them, with two int32 and the weight of each pair, and a sum comes back;
+    the gradients of sums, rows and weights take the same ways. A layer that is recomputed dispatches once more, and
+    combines once more if a shared expert follows.
+    """
+    model, ep, wire = config.model, config.parallel.ep, config.parallel.wire
+    if ep == 1:
+        return 0.0
+    experts, top_k, size = model.num_experts, config.router.top_k, _BYTES[compute_dtype(config)]
+    missed = comb(experts - experts // ep, top_k) / comb(experts, top_k)
+    rows, pairs = (ep - 1) * (1 - missed), top_k * (ep - 1) / ep
+    out = rows * row_bytes(wire, model.dim, size)
+    home = rows * row_bytes(homeward(wire), model.dim, size)
+    weight = max(4, size)
+    checkpointing = config.train.activation_checkpointing
+    token = 0.0
+    for layer in filter(model.is_moe_layer, range(model.n_layers)):
+        token += 2 * (out + home) + pairs * (8 + 2 * weight)
+        if checkpointing.mode == "full" and layer % checkpointing.every == 0:
+            token += out + pairs * (8 + weight) + (home if model.shared_dim else 0)
+    return token * config.train.tokens_per_step
+
+
 def plan_command(config: Config, world_size: int) -> int:
     """Print the plan; returns exit code 0. Raises ConfigError if the config does not fit `world_size`."""
     plan = make_plan(config, world_size)
@@ -185,6 +215,10 @@ def plan_command(config: Config, world_size: int) -> int:
     table.add_row("FLOPs of a step", _count(plan.flops_per_step), f"{_count(plan.flops_per_step / world_size)} a rank")
     table.add_row("Tokens of a step", f"{plan.tokens_per_step:,}", f"{plan.tokens_per_step * train.steps:,} in all")
     table.add_row("Accumulation", f"{plan.accumulation_steps:,}", "micro-batches of a rank in a step")
+    if plan.dispatch_bytes:
+        table.add_row(
+            "Dispatch", _bytes(plan.dispatch_bytes / world_size), "sent by a rank in a step, with even routing"
+        )
     if plan.expert_ranks:
         table.add_section()
     shown = plan.expert_ranks if len(plan.expert_ranks) <= 8 else plan.expert_ranks[:7]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain.kernels import Routing, choose_backend
 from moetrain.kernels.expert_mlp import stages
-from moetrain.parallel.wire import Wire, pack, unpack
+from moetrain.parallel.wire import Wire, homeward, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,11 @@ class _Exchange:
     """Rows between the ranks of a group, expert e on rank e // (E / ep), and the bytes that they take."""
 
     def __init__(self, group: dist.ProcessGroup, wire: Wire = "compute"):
-        """`wire`: the format of rows on their way to the experts; what the experts return, weighted sums and the
-        gradients of such rows, is at least bfloat16."""
+        """`wire`: the format of rows, and of the gradients of sums, on their way to the experts."""
         self.group = group
         self.ep = group.size()
         self.outward = wire
-        self.homeward: Wire = "bfloat16" if wire == "float8" else wire
+        self.homeward = homeward(wire)
         self.bytes_sent = 0
 
     def experts_per_rank(self, routing: Routing) -> int:

@@ -19,6 +19,16 @@ BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
+def row_bytes(wire: Wire, width: int, itemsize: int) -> int:
+    """What one row of `width` numbers of `itemsize` bytes takes on its way."""
+    return {"compute": width * itemsize, "bfloat16": 2 * width, "float8": width + 4 * -(-width // BLOCK)}[wire]
+
+
+def homeward(wire: Wire) -> Wire:
+    """The format of what experts return where rows come to them as `wire`: at least bfloat16, for it is a sum."""
+    return "bfloat16" if wire == "float8" else wire
+
+
 def pack(rows_SD: Tensor, wire: Wire) -> Tensor:
     """What is sent for [S, D] floating-point rows, [S, …] and contiguous."""
     if wire == "compute":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +219,20 @@ def test_step_beside_transformers(tmp_path: Path) -> None:
     assert all(row["tokens_per_step"] == 64 for row in result["rows"])
 
 
+@pytest.mark.parametrize("overrides", [(), ("train.activation_checkpointing.mode=full", "parallel.wire=float8")])
+def test_step_of_two_ranks_counts_what_it_predicts(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    file = tmp_path / "step.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moetrain", "bench"]
+    command += [*STEP, "model.num_experts=16", "router.top_k=4", "parallel.ep=2", *overrides, "--json", str(file)]
+    subprocess.run(command, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = json.loads(file.read_text())
+    (row,) = result["rows"]
+    assert result["world_size"] == 2
+    assert row["tokens_per_step"] == 2 * 2 * 32
+    # Which experts these few tokens choose is not quite even.
+    assert row["dispatch_bytes"] == pytest.approx(row["dispatch_bytes_predicted"], rel=0.04)
+
+
 def test_step_refuses_a_peer_without_such_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="needs the extra moetrain[hf]")
     assert main(["bench", *STEP, "model.shared_dim=16", "--peer", "transformers"]) == 2
@@ -229,6 +246,8 @@ def test_parts_of_a_step() -> None:
     assert part_of("void at::native::indexing_backward_kernel<c10::BFloat16>") == "gathers, copies"
     assert part_of("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNT") == "dense products"
     assert part_of("void at::native::vectorized_elementwise_kernel<4>") == "element-wise, reductions"
+    assert part_of("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)") == "all-to-all"
+    assert part_of("ncclDevKernel_AllReduce_Sum_bf16_RING_LL") == "other collectives"
     assert part_of("mystery") == "other"
 
 
