@@ -102,20 +102,20 @@ class RouterConfig:
     balance_weight: float = 0.01
     """Weight of the load-balance loss; 0: off."""
     balance_scope: Literal["sequence", "rank", "global"] = "global"
-    """Tokens over which balance is asked for: each sequence, each micro-batch of a rank, or the global batch: of all
-    ranks and, of a step's micro-batches, those so far (arXiv 2501.11873), so that with gradient accumulation the loss
-    depends on train.micro_batch."""
+    """Tokens over which balance is asked for: each sequence, a rank's tokens of a micro-batch, or the global batch: of
+    all ranks and, of a step's micro-batches, those so far (arXiv 2501.11873), so that with gradient accumulation the
+    loss depends on train.micro_batch."""
     z_weight: float = 0.001
     """Weight of the router z-loss; 0: off."""
     bias_update_rate: float = 0.0
     """Auxiliary-loss-free balancing (DeepSeek-V3): step of the selection bias after each optimiser step; 0: off."""
     capacity_factor: float | None = None
-    """An expert takes at most factor · T · K / E of the T tokens of a rank's micro-batch; null: dropless."""
+    """An expert takes at most factor · T · K / E of a rank's T tokens of a micro-batch; null: dropless."""
     drop_policy: Literal["weight", "position"] = "weight"
     """Whom a full expert refuses: the pairs of lowest weight, or the last ones in the batch."""
     rounding: Literal["none", "nearest", "up", "down", "balanced"] = "none"
-    """Training only: round each expert's tokens of a rank's micro-batch to a multiple of the kernel's tile, so that no
-    row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of all
+    """Training only: round each expert's tokens, of a rank's of a micro-batch, to a multiple of the kernel's tile, so
+    that no row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of all
     changes stays below half a tile. A token may gain or lose experts."""
     jitter: float = 0.0
     """Training only: multiply the router's input by uniform noise in [1 − jitter, 1 + jitter]."""
@@ -145,7 +145,7 @@ class ActivationCheckpointingConfig:
 
     mode: Literal["none", "full", "selective"] = "none"
     """full: whole layers; selective: attention and the experts, each from its own input, so that neither routing nor
-    a collective runs twice."""
+    a collective runs twice, but for the gathering of tokens before attention with parallel.tp."""
     every: int = 1
     """Only every n-th layer."""
 
@@ -169,8 +169,8 @@ class TrainConfig:
     tokens_per_step: int = 16_384
     """Tokens of the global batch: all ranks, all accumulation steps. Independent of the number of GPUs."""
     micro_batch: int = 1
-    """Sequences of one forward pass on one rank (fewer where its share of a step is smaller); the rest of the share is
-    gradient accumulation."""
+    """Sequences of one forward pass on one rank, or on the parallel.tp ranks that split them (fewer where their share
+    of a step is smaller); the rest of the share is gradient accumulation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers: auto is bfloat16 on a GPU and float32 on a CPU. Norm statistics, router and loss are
     always float32."""
@@ -210,8 +210,10 @@ class ParallelConfig:
     """How ranks share the work: world = dp × tp, and experts spread over ep consecutive ranks."""
 
     dp: int | None = None
-    """Data-parallel ranks; default world / tp."""
+    """Shares of the batch; default world / tp."""
     tp: int = 1
+    """Consecutive ranks that work on one share of the batch: each has 1/tp of the heads, of the dense feed-forward
+    layers, of the vocabulary, and of the tokens where they are worked on one by one."""
     ep: int = 1
     wire: Literal["compute", "bfloat16", "float8"] = "compute"
     """How rows travel to experts of other ranks: as they are, rounded to bfloat16, or as E4M3 with a scale for each 128
@@ -590,7 +592,7 @@ def check(config: Config) -> None:
         )
     else:
         _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
-    _require(parallel.tp == 1, "parallel.tp", parallel.tp, "tensor parallelism is not available yet; use 1")
+    _check_tensor_parallel(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
     if config.metrics.peak_tflops is not None:
@@ -599,6 +601,26 @@ def check(config: Config) -> None:
         config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
     )
     _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    """Everything that tp ranks split must divide evenly."""
+    model, tp = config.model, config.parallel.tp
+    split = {"model.n_heads": model.n_heads, "model.n_kv_heads": model.kv_heads, "data.seq_len": config.data.seq_len}
+    if not all(model.is_moe_layer(layer) for layer in range(model.n_layers)):
+        split["model.ffn_dim"] = model.ffn_dim
+    largest = math.gcd(*split.values())
+    fitting = ", ".join(str(size) for size in range(1, largest + 1) if largest % size == 0)
+    for key, value in split.items():
+        _require(
+            value % tp == 0, "parallel.tp", tp, f"must divide {key} = {value}; here it can be {fitting}"
+        )
+    _require(
+        model.vocab_size % tp == 0,
+        "model.vocab_size",
+        model.vocab_size,
+        f"must be a multiple of parallel.tp = {tp}: {-(-model.vocab_size // tp) * tp} is, with words that never occur",
+    )
 
 
 def check_world(config: Config, world_size: int) -> None:

@@ -17,7 +17,7 @@ def logical_tensors(model: Decoder, mesh: Mesh, optimizer: torch.optim.Optimizer
     """
 
     def logical(name: str, tensor: Tensor) -> Tensor:
-        return Decoder.sharding(name, mesh).logical(tensor)
+        return model.sharding(name, mesh).logical(tensor)
 
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

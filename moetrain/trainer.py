@@ -114,7 +114,7 @@ class Trainer:
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh)
-        self.parameters = {p: Decoder.sharding(name, mesh) for name, p in self.model.named_parameters()}
+        self.parameters = {p: self.model.sharding(name, mesh) for name, p in self.model.named_parameters()}
         self.optimizer = build_optimizer(self.model, config.optim, mesh.device)
 
         checkpoints = self.folder / "checkpoints"
@@ -229,7 +229,7 @@ class Trainer:
             )
             # The mean over all tokens of the global batch, whatever the split; see parallel/gradients.py.
             share = self.model.cross_entropy(hidden_BSD, batch.targets_BS) / config.train.tokens_per_step
-            auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.dp)
+            auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.world_size)
             (share + auxiliary).backward()
             loss += share.detach()
             routing.add(layer_stats)
@@ -404,7 +404,7 @@ class Trainer:
         self._message(self.dataset.describe())
         self._message(
             f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {mesh.world_size} × "
-            f"{mesh.device.type}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
+            f"{mesh.device.type}, tp = {mesh.tp}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
         )
         self._message(self.throughput.peak_description)
         if self.model.moe_layers and (warning := _rounding_warning(config, mesh.dp, self.model.routers()[0].tile)):
@@ -478,17 +478,18 @@ def _auxiliary_loss(layers: list[RouterStats], config: Config) -> Tensor | float
 
 def _rounding_warning(config: Config, dp: int, tile: int) -> str | None:
     """What to do where token rounding moves much of an expert's load: with fewer than two tiles of tokens an expert."""
-    seq_len, experts, top_k = config.data.seq_len, config.model.num_experts, config.router.top_k
+    seq_len, experts = config.data.seq_len, config.model.num_experts
     micro_batch = config.micro_batch(dp)
-    if config.router.rounding == "none" or micro_batch * seq_len * top_k >= 2 * tile * experts:
+    pairs = seq_len // config.parallel.tp * config.router.top_k  # of a sequence, on one rank
+    if config.router.rounding == "none" or micro_batch * pairs >= 2 * tile * experts:
         return None
-    needed = -(-2 * tile * experts // (seq_len * top_k))
+    needed = -(-2 * tile * experts // pairs)
     share = config.train.tokens_per_step // (seq_len * dp)
     needed = next((size for size in range(needed, share + 1) if share % size == 0), needed)
     larger_step = f" with train.tokens_per_step = {needed * seq_len * dp}" if needed > share else ""
     return (
         f"warning: router.rounding = {config.router.rounding} with train.micro_batch = {micro_batch}: an expert gets "
-        f"{micro_batch * seq_len * top_k / experts:,.0f} tokens on average, fewer than two tiles of {tile}, so that "
+        f"{micro_batch * pairs / experts:,.0f} tokens on average, fewer than two tiles of {tile}, so that "
         f"rounding changes much of the routing; use train.micro_batch = {needed} or more{larger_step}, or "
         "router.rounding = none"
     )

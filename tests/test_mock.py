@@ -253,6 +253,8 @@ def test_decisions_of_all_ranks() -> None:
 
 STEPS = 5
 Numbers = tuple[list[tuple[float, float]], dict[str, Tensor]]
+Part = tuple[int | None, int, int]
+"""Of a tensor: along which dimension it is split, into how many parts, and which one this is."""
 
 
 def config_of(folder: Path, data: Path, *overrides: str) -> Config:
@@ -283,8 +285,9 @@ def config_of(folder: Path, data: Path, *overrides: str) -> Config:
     )
 
 
-def train(config: Config) -> Numbers:
-    """Loss and gradient norm of each step; weights, Adam's moments and router biases at the end, of this rank."""
+def train(config: Config) -> tuple[*Numbers, dict[str, Part]]:
+    """Loss and gradient norm of each step; weights, Adam's moments and router biases at the end, of this rank, and
+    which parts they are."""
     mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
     trainer = Trainer(config, mesh)
     seen: list[tuple[float, float]] = []
@@ -314,8 +317,24 @@ def train(config: Config) -> Numbers:
     for name, parameter in trainer.model.named_parameters():
         state[f"{name} exp_avg"] = trainer.optimizer.state[parameter]["exp_avg"]
         state[f"{name} exp_avg_sq"] = trainer.optimizer.state[parameter]["exp_avg_sq"]
+    shardings = {name: trainer.model.sharding(name.split()[0], mesh) for name in state}
+    parts = {name: (sharding.dim, sharding.shards, sharding.index) for name, sharding in shardings.items()}
     destroy_mesh()
-    return seen, state
+    return seen, state, parts
+
+
+def train_and_compare(ranks: int, config: Config, expected: Numbers) -> None:
+    """Every rank has the numbers of one rank, and its part of the tensors."""
+    for rank, (seen, state, parts) in enumerate(MockWorld(ranks).run(train, config)):
+        for there, here in zip(seen, expected[0], strict=True):
+            assert there == pytest.approx(here, rel=1e-10)
+        assert state.keys() == expected[1].keys()
+        for name, tensor in state.items():
+            dim, shards, index = parts[name]
+            whole = expected[1][name]
+            reference = whole if dim is None else whole.chunk(shards, dim)[index]
+            assert tensor.shape == reference.shape
+            assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
 
 
 def check_bytes(bytes_sent: list[int], trainer: Trainer) -> None:
@@ -339,7 +358,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dic
             config_of(
                 tmp_path_factory.mktemp("one"), data_folder, "train.micro_batch=32", f"router.balance_scope={scope}"
             ),
-        )[0]
+        )[0][:2]
         for scope in ("global", "sequence")
     }
 
@@ -382,11 +401,4 @@ def test_training_does_not_depend_on_the_topology(
         f"train.activation_checkpointing.mode={recompute}",
         f"router.balance_scope={scope}",
     )
-    numbers, expected = one_rank[scope]
-    for rank, (seen, state) in enumerate(MockWorld(ranks).run(train, config)):
-        for there, here in zip(seen, numbers, strict=True):
-            assert there == pytest.approx(here, rel=1e-10)
-        for name, tensor in state.items():
-            reference = expected[name].chunk(ep)[rank % ep] if ".ffn.experts." in name else expected[name]
-            assert tensor.shape == reference.shape
-            assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
+    train_and_compare(ranks, config, one_rank[scope])
