@@ -115,8 +115,8 @@ class RouterConfig:
     """Whom a full expert refuses: the pairs of lowest weight, or the last ones in the batch."""
     rounding: Literal["none", "nearest", "up", "down", "balanced"] = "none"
     """Training only: round each expert's tokens, of a rank's of a micro-batch, to a multiple of the kernel's tile, so
-    that no row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of all
-    changes stays below half a tile. A token may gain or lose experts."""
+    that no row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of
+    all changes stays below half a tile. A token may gain or lose experts."""
     jitter: float = 0.0
     """Training only: multiply the router's input by uniform noise in [1 − jitter, 1 + jitter]."""
     force_balance: bool = False
@@ -612,9 +612,7 @@ def _check_tensor_parallel(config: Config) -> None:
     largest = math.gcd(*split.values())
     fitting = ", ".join(str(size) for size in range(1, largest + 1) if largest % size == 0)
     for key, value in split.items():
-        _require(
-            value % tp == 0, "parallel.tp", tp, f"must divide {key} = {value}; here it can be {fitting}"
-        )
+        _require(value % tp == 0, "parallel.tp", tp, f"must divide {key} = {value}; here it can be {fitting}")
     _require(
         model.vocab_size % tp == 0,
         "model.vocab_size",

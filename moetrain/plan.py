@@ -84,9 +84,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
 def _owners(number: int, parts: int, world_size: int) -> tuple[tuple[range, range], ...]:
     """(what, ranks that hold it) of a `number` of things split over so many consecutive ranks, and again and again."""
     owned = number // parts
-    return tuple(
-        (range(place * owned, (place + 1) * owned), range(place, world_size, parts)) for place in range(parts)
-    )
+    return tuple((range(place * owned, (place + 1) * owned), range(place, world_size, parts)) for place in range(parts))
 
 
 def compute_dtype(config: Config) -> str:
@@ -112,8 +110,8 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     - head: its input and its normalised copy; the logits, and in float32 their copy and log-probabilities, of at most
       8192 tokens at a time.
 
-    Each of the tp ranks keeps 1 / tp of this, but all of the normalised copies that are gathered: those for attention,
-    dense networks and head.
+    Each of the tp ranks keeps 1 / tp of this, but all of the normalised copies that are gathered, those for attention,
+    dense networks and head, and no log-probabilities.
 
     Activation checkpointing replaces a layer by its input (full), or attention by its input and the experts by
     theirs (selective), which is the normalised copy, or with ep > 1 the rows that arrived, at most min(K, ep) a token.
@@ -154,7 +152,8 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
             recomputed = max(recomputed, attention, replaceable)
         else:
             kept += attention + replaceable + others
-    logits = model.vocab_size // tp * (8 + (size if size < 4 else 0)) * min(gathered_tokens, 8192)
+    in_float32 = 8 if tp == 1 else 4
+    logits = model.vocab_size // tp * (in_float32 + (size if size < 4 else 0)) * min(gathered_tokens, 8192)
     return kept + max(recomputed, row + gathered + logits)
 
 
@@ -207,7 +206,7 @@ def plan_command(config: Config, world_size: int) -> int:
             _count(count.experts),
             f"{_plural(moe_layers, 'layer')} of {config.model.num_experts}, {config.router.top_k} a token",
         )
-    parts = [f"1/{parallel.tp} of attention, dense layers and vocabulary"] if parallel.tp > 1 else []
+    parts = [f"1/{parallel.tp} of what tp splits"] if parallel.tp > 1 else []
     parts += [f"1/{parallel.ep} of the experts"] if parallel.ep > 1 else []
     table.add_row("  of a rank", _count(plan.rank_parameters), ", ".join(parts) or "everything")
     table.add_section()

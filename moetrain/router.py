@@ -80,9 +80,10 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         """Route the B·S tokens.
 
-        `pieces`: how many consecutive rows of x, of this rank and those after it, make a sequence. `prior_load_E`: this rank's loads of the step's earlier micro-batches, which the global balance loss adds to
-        its own (arXiv 2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the
-        last the whole step. `noise_seed`: of the jitter in training.
+        `pieces`: how many consecutive rows of x, of this rank and those after it, make a sequence. `prior_load_E`: this
+        rank's loads of the step's earlier micro-batches, which the global balance loss adds to its own (arXiv
+        2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the last the whole
+        step. `noise_seed`: of the jitter in training.
         """
         sequences, length, _ = x_BSD.shape
         logits_TE = self._logits(x_BSD.flatten(0, 1), noise_seed)

@@ -404,7 +404,8 @@ class Trainer:
         self._message(self.dataset.describe())
         self._message(
             f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {mesh.world_size} × "
-            f"{mesh.device.type}, tp = {mesh.tp}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
+            f"{mesh.device.type}, tp = {mesh.tp}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: "
+            f"{experts}"
         )
         self._message(self.throughput.peak_description)
         if self.model.moe_layers and (warning := _rounding_warning(config, mesh.dp, self.model.routers()[0].tile)):

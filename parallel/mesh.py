@@ -7,7 +7,11 @@ experts reduce expert gradients among themselves. With ep = 2 and four ranks::
     ep groups     [0  1][2  3]     tokens travel here
     edp groups    [0, 2] [1, 3]    expert gradients are summed here
 
-Dense parameters lie the same way on ``tp`` consecutive ranks and the ``dp = world / tp`` that hold the same parts.
+Dense parameters lie the same way on ``tp`` consecutive ranks, which work on one share of the batch, and the
+``dp = world / tp`` that hold the same parts. An ep group may span several tp groups. With tp = 2::
+
+    tp groups     [0  1][2  3]     one share of the batch each; tokens are gathered and scattered here
+    dp groups     [0, 2] [1, 3]    gradients of split parameters are summed here
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ class MockWorld:
     timeout : seconds that a rank waits in a collective for the others, and may go on for after another one failed
 
     The ranks share what belongs to a process: torch's default generators (give one of your own to random functions),
-    environment variables, signals. Threads that a rank starts belong to it.
+    environment variables, signals, and what torch.compile has made, in which a rank's place may be a constant. Threads
+    that a rank starts belong to it.
     """
 
     def __init__(self, size: int, device: str = "cpu", timeout: float = 60.0) -> None:
