@@ -318,7 +318,7 @@ def test_world_that_does_not_fit() -> None:
         (
             replace(TINY, parallel=ParallelConfig(tp=2, ep=4)),
             8,
-            ["tp = 2, ep = 4", "1/2 of what tp splits, 1/4 of the experts", "Heads 2–3", "ranks 1, 3, 5, 7"],
+            ["tp = 2, ep = 4", "1/2 of what tp splits", "Heads 2–3", "ranks 1, 3, 5, 7"],
         ),
     ],
     ids=["one rank", "many ranks", "dense", "tensor parallel"],

@@ -163,13 +163,18 @@ MODELS: dict[str, list[str]] = {
 
 
 def pass_through(
-    config: Config, mesh: Mesh | None = None, prepare: Callable[[Decoder], None] = lambda model: None
+    config: Config,
+    mesh: Mesh | None,
+    device: torch.device | None = None,
+    prepare: Callable[[Decoder], None] = lambda model: None,
 ) -> tuple[Any, ...]:
     """Logits, loss, and the gradients of a parameter that is split and of one that is not, all of this rank."""
-    model = Decoder(config, mesh or create_mesh(tp=config.parallel.tp, device="cpu"))
+    device = mesh.device if device is None and mesh is not None else device
+    with torch.device(device or "cpu"):
+        model = Decoder(config, mesh)
     model.initialize(0)
     prepare(model)
-    tokens_BS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(1))
+    tokens_BS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(1)).to(device)
     hidden_BSD, _ = model(tokens_BS)
     logits = model.logits(hidden_BSD).detach()
     loss = model.cross_entropy(hidden_BSD, tokens_BS.roll(1, 1), chunk_tokens=5)
@@ -179,10 +184,14 @@ def pass_through(
     return logits.flatten(0, 1), loss.detach(), *chosen
 
 
+def pass_through_split(config: Config) -> tuple[Any, ...]:
+    return pass_through(config, create_mesh(tp=config.parallel.tp, device="cpu"))
+
+
 def test_logits_and_a_loss_in_chunks(tmp_path: Path) -> None:
     config = config_of(tmp_path, tmp_path)
-    ((logits, loss, of_wo, of_norm),) = MockWorld(1).run(pass_through, config)
-    ranks = MockWorld(2).run(pass_through, config_of(tmp_path, tmp_path, "parallel.tp=2"))
+    logits, loss, of_wo, of_norm = pass_through(config, None)
+    ranks = MockWorld(2).run(pass_through_split, config_of(tmp_path, tmp_path, "parallel.tp=2"))
     all_logits, losses, of_wos, of_norms = zip(*ranks, strict=True)
     torch.testing.assert_close(torch.cat(all_logits), logits)
     torch.testing.assert_close(sum(losses), loss)
@@ -193,24 +202,38 @@ def test_logits_and_a_loss_in_chunks(tmp_path: Path) -> None:
 def test_low_precision(tmp_path: Path) -> None:
     """Activations and what travels are bfloat16, the loss is float32, and the numbers are close."""
     settings = ["train.param_dtype=float32", "train.dtype=bfloat16", *MODELS["olmoe"]]
-    ((logits, loss, *_),) = MockWorld(1).run(pass_through, config_of(tmp_path, tmp_path, *settings))
-    ranks = MockWorld(2).run(pass_through, config_of(tmp_path, tmp_path, *settings, "parallel.tp=2"))
+    logits, loss, *_ = pass_through(config_of(tmp_path, tmp_path, *settings), None)
+    ranks = MockWorld(2).run(pass_through_split, config_of(tmp_path, tmp_path, *settings, "parallel.tp=2"))
     assert [(there[0].dtype, there[1].dtype) for there in ranks] == [(torch.bfloat16, torch.float32)] * 2
     assert float(sum(there[1] for there in ranks)) == pytest.approx(float(loss), rel=1e-3)
     together = torch.cat([there[0] for there in ranks]).float()
     assert float((together - logits).norm() / logits.float().norm()) < 0.03
 
 
-def test_compiled(tmp_path: Path) -> None:
-    run_ranks(2, compare_compiled, config_of(tmp_path, tmp_path, *MODELS["olmoe"], "parallel.tp=2"))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu2)])
+def test_real_ranks(tmp_path: Path, device: str) -> None:
+    precision = [] if device == "cpu" else ["train.param_dtype=float32", "train.dtype=float32"]
+    settings = [*MODELS["olmoe"], *precision, f"run.device={device}", "kernels.experts=reference"]
+    run_ranks(2, compare_real_ranks, config_of(tmp_path, tmp_path, *settings, "parallel.tp=2"))
 
 
-def compare_compiled(config: Config) -> None:
-    """By real ranks: threads share compiled functions, in which one rank's place may be a constant."""
-    mesh = create_mesh(tp=2, device="cpu")
+def compare_real_ranks(config: Config) -> None:
+    """With one rank, and compiled; threads would share compiled functions, in which a rank's place is a constant."""
+    mesh = create_mesh(tp=2, device=config.run.device)
+    tolerances = {"rtol": 1e-7, "atol": 1e-7} if mesh.device.type == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
+    logits, loss, of_wo, of_norm = pass_through(config, None, mesh.device)
     plain = pass_through(config, mesh)
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    torch.testing.assert_close(pass_through(config, mesh, Decoder.compile_dense_parts), plain)
+    whole_loss, whole_of_norm = plain[1].clone(), plain[3].clone()
+    for part in (whole_loss, whole_of_norm):
+        torch.distributed.all_reduce(part)
+    actual = plain[0], whole_loss, plain[2], whole_of_norm
+    expected = logits.chunk(2)[mesh.rank], loss, of_wo.chunk(2, 1)[mesh.rank], of_norm
+    torch.testing.assert_close(actual, expected, **tolerances)
+
+    if mesh.device.type == "cpu":  # where the usual backend takes long
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    compiled = pass_through(config, mesh, prepare=Decoder.compile_dense_parts)
+    torch.testing.assert_close(compiled, plain, **tolerances)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])

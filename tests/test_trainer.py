@@ -314,8 +314,10 @@ def test_profile_after_a_resume_counts_from_the_first_step(tmp_path: Path, data_
     assert names == {"ProfilerStep#1"}  # counted from the step after the resume, 4: this is step 5
 
 
-def test_a_run_of_two_ranks_is_scored_by_one(tmp_path: Path, data_folder: Path) -> None:
-    values = dataclasses.asdict(make_config(tmp_path, data_folder, "parallel.dp=2", "parallel.ep=2", "train.steps=2"))
+@pytest.mark.parametrize("split", ["dp", "tp"])
+def test_a_run_of_two_ranks_is_scored_by_one(tmp_path: Path, data_folder: Path, split: str) -> None:
+    topology = [f"parallel.{split}=2", "parallel.ep=2"]
+    values = dataclasses.asdict(make_config(tmp_path, data_folder, *topology, "train.steps=2"))
     run_ranks(2, train_topologies, values, [(str(tmp_path / "run"), [])], [free_port()])
     assert evaluate_command(str(tmp_path / "run"), [], str(tmp_path / "score.json")) == 0
     score = json.loads((tmp_path / "score.json").read_text())
