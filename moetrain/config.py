@@ -213,7 +213,17 @@ class ParallelConfig:
     """Data-parallel ranks; default world / tp."""
     tp: int = 1
     ep: int = 1
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Who reduces gradients and updates weights: torch, or DeepSpeed's ZeRO (docs/parallelism.md, "Engines")."""
+    fsdp: bool = False
+    """torch: weights, gradients and Adam moments in shards, dense ones over dp and experts over their world / ep
+    copies (FSDP2); else each rank keeps all that it computes with."""
+    reshard_after_forward: bool = True
+    """fsdp: free a layer's gathered weights after its forward pass and gather them again for the backward pass."""
+    zero_stage: int = 1
+    """deepspeed: shard Adam's moments and float32 weights (1), and gradients too (2)."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """deepspeed: further keys of its JSON config; those that follow from this config are refused."""
 
 
 @dataclass(frozen=True)

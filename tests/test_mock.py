@@ -17,10 +17,12 @@ import torch.distributed as dist
 from test_dispatch import compare_with_one_rank
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from moetrain.config import Config, from_dict
 from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
 from moetrain.parallel.mock import CollectiveError, MockWorld, RankError
+from moetrain.state import logical_tensors
 from moetrain.trainer import Trainer
 
 
@@ -284,17 +286,17 @@ def config_of(folder: Path, data: Path, *overrides: str) -> Config:
 
 
 def train(config: Config) -> Numbers:
-    """Loss and gradient norm of each step; weights, Adam's moments and router biases at the end, of this rank."""
+    """Loss and gradient norm of each step; weights, Adam's state and router biases at the end, whole, as seen here."""
     mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
     trainer = Trainer(config, mesh)
     seen: list[tuple[float, float]] = []
     bytes_sent: list[int] = []
     logged = trainer._report
 
-    def report(loss: Tensor, norm: Tensor, *others: Any) -> None:
+    def report(loss: Tensor, norm: float, *others: Any) -> None:
         whole = loss.clone()
         dist.all_reduce(whole)
-        seen.append((float(whole), float(norm)))
+        seen.append((float(whole), norm))
         bytes_sent.append(trainer.dispatch_bytes)
         logged(loss, norm, *others)
 
@@ -310,10 +312,8 @@ def train(config: Config) -> Numbers:
         if trainer.logger is not None:
             trainer.logger.close()
     check_bytes(bytes_sent, trainer)
-    state = dict(trainer.model.state_dict())
-    for name, parameter in trainer.model.named_parameters():
-        state[f"{name} exp_avg"] = trainer.optimizer.state[parameter]["exp_avg"]
-        state[f"{name} exp_avg_sq"] = trainer.optimizer.state[parameter]["exp_avg_sq"]
+    tensors = logical_tensors(trainer.model, mesh, trainer.engine)
+    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
     destroy_mesh()
     return seen, state
 
@@ -344,25 +344,43 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dic
     }
 
 
+REPLICATED = [
+    (1, 1, 8, "none"),
+    (1, 1, 8, "full"),
+    (2, 1, 16, "none"),
+    (2, 2, 16, "none"),
+    (2, 2, 4, "selective"),
+    (4, 1, 8, "none"),
+    (4, 2, 8, "full"),
+    (4, 4, 8, "none"),
+    (4, 4, 2, "none"),
+    (8, 2, 4, "none"),
+    (8, 4, 4, "selective"),
+    (8, 8, 4, "none"),
+    (8, 8, 2, "full"),
+]
+FSDP = [
+    (1, 1, 8, "none"),
+    (2, 1, 16, "none"),
+    (2, 1, 4, "full"),
+    (2, 2, 4, "selective"),
+    (4, 1, 8, "selective"),
+    (4, 2, 8, "full"),
+    (4, 4, 2, "none"),
+    (8, 1, 2, "none"),
+    (8, 2, 4, "none"),
+    (8, 4, 4, "full"),
+    (8, 8, 2, "full"),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "ep", "micro_batch", "recompute"),
-    [
-        (1, 1, 8, "none"),
-        (1, 1, 8, "full"),
-        (2, 1, 16, "none"),
-        (2, 2, 16, "none"),
-        (2, 2, 4, "selective"),
-        (4, 1, 8, "none"),
-        (4, 2, 8, "full"),
-        (4, 4, 8, "none"),
-        (4, 4, 2, "none"),
-        (8, 2, 4, "none"),
-        (8, 4, 4, "selective"),
-        (8, 8, 4, "none"),
-        (8, 8, 2, "full"),
-    ],
+    ("ranks", "ep", "micro_batch", "recompute", "engine"),
+    [(*row, "parallel.fsdp=false") for row in REPLICATED]
+    + [(*row, "parallel.fsdp=true") for row in FSDP]
+    + [(4, 2, 4, "full", "parallel.fsdp=true parallel.reshard_after_forward=false")],
 )
-def test_training_does_not_depend_on_the_topology(
+def test_training_does_not_depend_on_topology_or_engine(
     tmp_path: Path,
     data_folder: Path,
     one_rank: dict[str, Numbers],
@@ -370,6 +388,7 @@ def test_training_does_not_depend_on_the_topology(
     ep: int,
     micro_batch: int,
     recompute: str,
+    engine: str,
 ) -> None:
     """In float64, so that neither a wrong scale nor a lost token can hide behind rounding."""
     # Over micro-batches that come one after the other, the global balance loss sees those so far: another loss.
@@ -381,12 +400,16 @@ def test_training_does_not_depend_on_the_topology(
         f"train.micro_batch={micro_batch}",
         f"train.activation_checkpointing.mode={recompute}",
         f"router.balance_scope={scope}",
+        *engine.split(),
     )
-    numbers, expected = one_rank[scope]
-    for rank, (seen, state) in enumerate(MockWorld(ranks).run(train, config)):
-        for there, here in zip(seen, numbers, strict=True):
-            assert there == pytest.approx(here, rel=1e-10)
+    compare(MockWorld(ranks).run(train, config), one_rank[scope])
+
+
+def compare(ranks: list[Numbers], expected: Numbers) -> None:
+    for rank, (seen, state) in enumerate(ranks):
+        assert seen == [pytest.approx(step, rel=1e-10) for step in expected[0]]
+        assert state.keys() == expected[1].keys()
         for name, tensor in state.items():
-            reference = expected[name].chunk(ep)[rank % ep] if ".ffn.experts." in name else expected[name]
+            reference = expected[1][name]
             assert tensor.shape == reference.shape
             assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
