@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed import ReduceOp, distributed_c10d
 
 _this = threading.local()
@@ -478,3 +479,7 @@ def _install() -> None:
     """Make torch.distributed tell ranks apart, and know the backend. Other threads go on as before."""
     distributed_c10d._world = _GroupsOfThread(distributed_c10d._world)
     dist.Backend.register_backend("mock", _create_group, devices=["cpu", "cuda"])
+    # DTensor uses this mode, which at its first use replaces the process's CUDA guard where torch was built for a GPU
+    # and finds none: threads that are computing would crash.
+    with FakeTensorMode():
+        pass

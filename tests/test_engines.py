@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_mock import compare, config_of, train
+from test_mock import compare, config_of, train, whole_tensors
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moetrain.config import OptimConfig
 from moetrain.engine import create_engine
@@ -81,8 +80,7 @@ def steps_of(engine: Engine, model: nn.Module, samples: list[Tensor]) -> tuple[l
         for x, factor in zip(samples, (1.0, -0.3), strict=True):
             engine.backward((model(x) * factor).sum())
         norms.append(engine.step(0.1))
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in engine.tensors().items()}
-    return norms, whole
+    return norms, whole_tensors(engine.tensors())
 
 
 def train_network(tp: int, fsdp: bool) -> tuple[list[float], dict[str, Tensor]]:

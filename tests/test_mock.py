@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import operator
 import threading
 import time
@@ -18,6 +19,7 @@ from test_dispatch import compare_with_one_rank
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.config import Config, from_dict
 from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
@@ -312,10 +314,32 @@ def train(config: Config) -> Numbers:
         if trainer.logger is not None:
             trainer.logger.close()
     check_bytes(bytes_sent, trainer)
-    tensors = logical_tensors(trainer.model, mesh, trainer.engine)
-    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    state = whole_tensors(logical_tensors(trainer.model, mesh, trainer.engine))
     destroy_mesh()
     return seen, state
+
+
+def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logical tensors put together from the ranks' parts, with this rank's own where others hold the same."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {name: placed(tensor) for name, tensor in tensors.items()})
+    whole = {}
+    for name, tensor in tensors.items():
+        whole[name] = torch.full(tensor.shape, math.nan, dtype=tensor.dtype)
+        for part in (*parts, parts[dist.get_rank()]):
+            place, values = part[name]
+            whole[name][place] = values
+    return whole
+
+
+def placed(tensor: Tensor) -> tuple[tuple[slice, ...], Tensor]:
+    """Where in the logical tensor this rank's part lies, as a checkpoint sees it, and the part."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape), tensor
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local()
+    assert local.shape == shape
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)), local
 
 
 def check_bytes(bytes_sent: list[int], trainer: Trainer) -> None:
