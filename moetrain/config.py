@@ -220,10 +220,10 @@ class ParallelConfig:
     copies (FSDP2); else each rank keeps all that it computes with."""
     reshard_after_forward: bool = True
     """fsdp: free a layer's gathered weights after its forward pass and gather them again for the backward pass."""
-    zero_stage: int = 1
-    """deepspeed: shard Adam's moments and float32 weights (1), and gradients too (2)."""
+    zero_stage: int = 2
+    """deepspeed: shard Adam's moments and float32 weights (1), or gradients too (2)."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """deepspeed: further keys of its JSON config; those that follow from this config are refused."""
+    """deepspeed: further keys of its JSON config; those that follow from other keys here are refused."""
 
 
 @dataclass(frozen=True)
@@ -598,6 +598,7 @@ def check(config: Config) -> None:
     else:
         _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
     _require(parallel.tp == 1, "parallel.tp", parallel.tp, "tensor parallelism is not available yet; use 1")
+    _check_engine(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
     if config.metrics.peak_tflops is not None:
@@ -606,6 +607,71 @@ def check(config: Config) -> None:
         config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
     )
     _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
+
+
+DEEPSPEED_DERIVED = {
+    "train_batch_size": "train.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step and train.micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "gradient_allreduce_op": "the loss, whose gradients are summed",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+"""Keys of DeepSpeed's config, and what of ours they follow from."""
+
+
+def _check_engine(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.engine != "deepspeed":
+        _require(not parallel.deepspeed, "parallel.deepspeed", parallel.deepspeed, "needs parallel.engine = deepspeed")
+        return
+    _require(
+        not parallel.fsdp, "parallel.fsdp", parallel.fsdp, "needs parallel.engine = torch; DeepSpeed has zero_stage"
+    )
+    stages = {
+        0: "DeepSpeed without ZeRO takes wrong gradient norms of experts; use 1, 2 or parallel.engine = torch",
+        3: "DeepSpeed refuses stage 3 with experts; use 2, or parallel.engine = torch with parallel.fsdp = true, which "
+        "shards as much",
+    }
+    stage = parallel.zero_stage
+    _require(stage in (1, 2), "parallel.zero_stage", stage, stages.get(stage, "must be 1 or 2"))
+    _require(
+        parallel.tp == 1,
+        "parallel.tp",
+        parallel.tp,
+        "with parallel.engine = deepspeed must be 1: ZeRO would count what all tp ranks hold more than once; use "
+        "parallel.engine = torch",
+    )
+    _require(
+        config.train.param_dtype == "float32",
+        "train.param_dtype",
+        config.train.param_dtype,
+        "DeepSpeed keeps weights and Adam's moments in float32; use float32 (train.dtype = bfloat16 rounds the weights "
+        "that compute), or parallel.engine = torch",
+    )
+    check_zero_dtype(config, config.train.dtype)
+    for path, source in DEEPSPEED_DERIVED.items():
+        section: Any = parallel.deepspeed
+        *parents, last = path.split(".")
+        for parent in parents:
+            section = section.get(parent, {})
+        if last in section:
+            raise ConfigError(f"parallel.deepspeed.{path} = {section[last]}: follows from {source}; remove this key")
+
+
+def check_zero_dtype(config: Config, dtype: str) -> None:
+    """Whether DeepSpeed can train in this arithmetic; raises ConfigError."""
+    _require(
+        config.parallel.zero_stage != 1 or dtype != "bfloat16",
+        "parallel.zero_stage",
+        1,
+        "DeepSpeed's stage 1 in bfloat16 has another optimiser, with other gradient norms; use 2, or train.dtype = "
+        "float32",
+    )
 
 
 def check_world(config: Config, world_size: int) -> None:

@@ -12,12 +12,12 @@ from moetrain.config import OptimConfig
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with decay by name; its state exists at once, so that a checkpoint can fill it."""
+    """AdamW (arXiv 1711.05101) with decay by name."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         (others if any(word in name for word in config.no_decay) else decayed).append(parameter)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -27,13 +27,6 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig)
         eps=config.eps,
         fused=True,
     )
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -219,7 +219,7 @@ class Trainer:
         for micro_step in range(self.accumulation):
             with self.throughput.data_loading():
                 batch = next(batches).to(self.mesh.device)
-            hidden_BSD, layer_stats = self.model(
+            hidden_BSD, layer_stats = self.engine.forward(
                 batch.tokens_BS,
                 batch.documents_BS,
                 prior_load_LE=routing.load_LE if micro_step else None,

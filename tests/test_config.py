@@ -56,6 +56,23 @@ BAD_OVERRIDES = [
     (["router.jitter=1"], "router.jitter"),
     (["router.score=softmax_after_topk", "router.bias_update_rate=0.001"], "router.bias_update_rate"),
     (["model.n_heads=5"], "model.n_heads"),
+    (["parallel.engine=fsdp"], "parallel.engine"),
+    (["parallel.deepspeed.zero_optimization.overlap_comm=true"], "needs parallel.engine = deepspeed"),
+    *(
+        (["parallel.engine=deepspeed", *overrides], named)
+        for overrides, named in (
+            (["parallel.fsdp=true"], "parallel.fsdp = True: needs parallel.engine = torch"),
+            (["parallel.zero_stage=0"], "parallel.zero_stage = 0: DeepSpeed without ZeRO takes wrong gradient norms"),
+            (["parallel.zero_stage=3"], "parallel.zero_stage = 3: DeepSpeed refuses stage 3 with experts"),
+            (["parallel.zero_stage=4"], "parallel.zero_stage = 4: must be 1 or 2"),
+            (["parallel.zero_stage=1", "train.dtype=bfloat16"], "parallel.zero_stage = 1: DeepSpeed's stage 1 in"),
+            (["train.param_dtype=bfloat16"], "train.param_dtype = bfloat16: DeepSpeed keeps weights"),
+            (["train.param_dtype=float64"], "train.param_dtype = float64"),
+            (["parallel.deepspeed.gradient_clipping=1"], "gradient_clipping = 1: follows from optim.clip_norm"),
+            (["parallel.deepspeed.zero_optimization.stage=2"], "zero_optimization.stage = 2: follows from parallel.z"),
+            (["parallel.deepspeed.bf16.enabled=true"], "parallel.deepspeed.bf16 = {'enabled': True}: follows from"),
+        )
+    ),
     (["model.n_kv_heads=3"], "model.n_kv_heads"),
     (["model.head_dim=31"], "model.head_dim"),
     (["model.num_experts=-8"], "model.num_experts"),

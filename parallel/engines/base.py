@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 OptimizerBuilder = Callable[[Mapping[str, nn.Parameter]], torch.optim.AdamW]
-"""Makes AdamW for parameters by name; its state (step, exp_avg, exp_avg_sq) exists at once."""
+"""Makes AdamW for parameters by name, without state."""
 
 
 class Engine(Protocol):
@@ -19,6 +19,9 @@ class Engine(Protocol):
     """
 
     optimizer: torch.optim.Optimizer
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's forward pass in training."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch; called as often as the step has micro-batches."""
@@ -35,3 +38,14 @@ class Engine(Protocol):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what a checkpoint has filled the tensors of :meth:`tensors` with. Collective."""
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the state that it would create at its first step, so that a checkpoint can fill it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }

@@ -61,7 +61,7 @@ class FsdpEngine(ReplicatedEngine):
         # The modules hold them only between the steps.
         self._sharded = dict(model.named_parameters())
         shards = {name: nn.Parameter(_local(sharded)) for name, sharded in self._sharded.items()}
-        super().__init__(shards, shardings, build_optimizer, clip_norm)
+        super().__init__(model, shards, shardings, build_optimizer, clip_norm)
 
     def step(self, lr: float) -> float:
         for name, sharded in self._sharded.items():

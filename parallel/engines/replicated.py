@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from moetrain.parallel.engines.base import OptimizerBuilder
+from moetrain.parallel.engines.base import OptimizerBuilder, create_state
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.sharding import Sharding
 
@@ -18,22 +18,26 @@ class ReplicatedEngine:
 
     Parameters
     ----------
-    parameters : what is optimised, by name
+    model : what computes
+    parameters : its weights by name, as the optimiser sees them
     shardings : how each lies on the ranks
     clip_norm : largest norm of the whole gradient; 0: no clipping
     """
 
     def __init__(
         self,
+        model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         shardings: Mapping[str, Sharding],
         build_optimizer: OptimizerBuilder,
         clip_norm: float,
     ) -> None:
+        self.forward = model
         self.parameters = parameters
         self.shardings = shardings
         self.clip_norm = clip_norm
         self.optimizer: torch.optim.Optimizer = build_optimizer(parameters)
+        create_state(self.optimizer)
         self._sharding_of = {parameter: shardings[name] for name, parameter in parameters.items()}
         self._device = next(iter(parameters.values())).device
 
