@@ -23,13 +23,13 @@ class Plan:
     world_size: int
     parameters: ParameterCount
     rank_parameters: int
-    """Dense parameters, which every rank holds, and 1 / ep of the experts."""
+    """Dense parameters, with which every rank computes, and 1 / ep of the experts."""
     weight_bytes: int
     gradient_bytes: int
     moment_bytes: int
     """Adam's two moments."""
     copy_bytes: int
-    """The weights once more in the arithmetic's dtype, where `train.param_dtype` is wider: forward to backward."""
+    """What else there is of weights: see :func:`_state_bytes`."""
     activation_bytes: int
     """An estimate: see :func:`activation_bytes`."""
     flops_per_token: TrainingFlops
@@ -53,18 +53,16 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check_world(config, world_size)
     count = parameters(config)
     ep = config.parallel.ep
-    rank_parameters = count.dense + count.experts // ep
-    size, compute_size = _BYTES[config.train.param_dtype], _BYTES[compute_dtype(config)]
-    weight_bytes = rank_parameters * size
+    weight_bytes, gradient_bytes, moment_bytes, copy_bytes = _state_bytes(config, count, world_size)
     owned = config.model.num_experts // ep
     return Plan(
         world_size=world_size,
         parameters=count,
-        rank_parameters=rank_parameters,
+        rank_parameters=count.dense + count.experts // ep,
         weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes,
-        moment_bytes=2 * weight_bytes,
-        copy_bytes=rank_parameters * compute_size if compute_size < size else 0,
+        gradient_bytes=gradient_bytes,
+        moment_bytes=moment_bytes,
+        copy_bytes=copy_bytes,
         activation_bytes=activation_bytes(config, world_size // config.parallel.tp),
         flops_per_token=flops_per_token(config),
         tokens_per_step=config.train.tokens_per_step,
@@ -75,6 +73,34 @@ def make_plan(config: Config, world_size: int) -> Plan:
             if owned > 0
         ),
     )
+
+
+def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients and moments that a rank keeps, and of copies of weights, by engine.
+
+    Shards of dense parameters are 1 / dp, of a rank's experts 1 / edp.
+
+    - torch: all that the rank computes with; the copies are the weights in the arithmetic's dtype, where that is
+      narrower, from forward to backward;
+    - FSDP: shards; the copies are gathered: embedding, norm and head, and with `reshard_after_forward` two layers (one
+      computes, the next arrives), else all, in the arithmetic's dtype;
+    - DeepSpeed: all weights in the arithmetic's dtype, and shards of Adam's moments; gradients are shards in stage 2;
+      the copies are shards of float32 weights.
+    """
+    model, parallel = config.model, config.parallel
+    held = count.dense + count.experts // parallel.ep
+    dp = world_size // parallel.tp
+    shard = -(-count.dense // dp) + -(-count.experts // world_size)
+    size = _BYTES[config.train.param_dtype]
+    narrow = min(size, _BYTES[compute_dtype(config)])
+    if parallel.engine == "deepspeed":
+        return held * narrow, (held if parallel.zero_stage == 1 else shard) * size, 2 * shard * size, shard * size
+    if parallel.fsdp:
+        root = count.embedding + count.head + model.dim
+        layer = (held - root) // model.n_layers
+        gathered = root + min(2, model.n_layers) * layer if parallel.reshard_after_forward else held
+        return shard * size, shard * size, 2 * shard * size, gathered * narrow
+    return held * size, held * size, 2 * held * size, held * narrow if narrow < size else 0
 
 
 def compute_dtype(config: Config) -> str:
@@ -143,8 +169,10 @@ def plan_command(config: Config, world_size: int) -> int:
     moe_layers = sum(config.model.is_moe_layer(layer) for layer in range(config.model.n_layers))
     checkpointing = train.activation_checkpointing
 
+    zero = parallel.engine == "deepspeed"
+    engine = f", DeepSpeed ZeRO-{parallel.zero_stage}" if zero else ", FSDP" if parallel.fsdp else ""
     table = Table(
-        title=f"{config.run.dir}: {_plural(world_size, 'rank')}, ep = {parallel.ep}",
+        title=f"{config.run.dir}: {_plural(world_size, 'rank')}, ep = {parallel.ep}{engine}",
         title_justify="left",
         show_header=False,
     )
@@ -172,11 +200,12 @@ def plan_command(config: Config, world_size: int) -> int:
     if checkpointing.mode != "none":
         activations += f", {checkpointing.mode} checkpointing"
     table.add_row("Memory of a rank", _bytes(plan.rank_bytes), "without workspaces and fragmentation")
-    table.add_row("  weights", _bytes(plan.weight_bytes), train.param_dtype)
+    table.add_row("  weights", _bytes(plan.weight_bytes), compute_dtype(config) if zero else train.param_dtype)
     table.add_row("  gradients", _bytes(plan.gradient_bytes), train.param_dtype)
     table.add_row("  Adam's moments", _bytes(plan.moment_bytes), train.param_dtype)
     if plan.copy_bytes:
-        table.add_row("  copies of the weights", _bytes(plan.copy_bytes), compute_dtype(config))
+        name = "shards of float32 weights" if zero else "gathered weights" if parallel.fsdp else "copies of the weights"
+        table.add_row(f"  {name}", _bytes(plan.copy_bytes), train.param_dtype if zero else compute_dtype(config))
     table.add_row("  activations, about", _bytes(plan.activation_bytes), activations)
     table.add_section()
 

@@ -202,6 +202,25 @@ def test_low_precision_weights_are_half_and_need_no_copy() -> None:
     assert plan.copy_bytes == 0
 
 
+def test_memory_of_a_rank_by_engine() -> None:
+    """Eight ranks, ep = 2, so four copies of the experts; dense parameters on all."""
+    count = parameters(TINY)
+    held, shard = count.dense + count.experts // 2, count.dense // 8 + count.experts // 8
+
+    def plan(dtype: str = "float32", **parallel: Any) -> tuple[int, ...]:
+        train = replace(TINY.train, dtype=dtype)  # type: ignore[arg-type]
+        made = make_plan(replace(TINY, train=train, parallel=ParallelConfig(ep=2, **parallel)), 8)
+        assert made.rank_parameters == held
+        return made.weight_bytes, made.gradient_bytes, made.moment_bytes, made.copy_bytes
+
+    layer, root = (held - 2 * 96 * 64 - 64) // 2, 2 * 96 * 64 + 64
+    assert plan() == (4 * held, 4 * held, 8 * held, 0)
+    assert plan(fsdp=True) == (4 * shard, 4 * shard, 8 * shard, 4 * (root + 2 * layer))
+    assert plan("bfloat16", fsdp=True, reshard_after_forward=False)[3] == 2 * held
+    assert plan(engine="deepspeed", zero_stage=1) == (4 * held, 4 * held, 8 * shard, 4 * shard)
+    assert plan("bfloat16", engine="deepspeed") == (2 * held, 4 * shard, 8 * shard, 4 * shard)
+
+
 def kept_bytes(config: Config) -> int:
     """Bytes of the distinct storages that autograd keeps for one micro-batch, weights excluded."""
     from moetrain.model import Decoder
@@ -289,8 +308,10 @@ def test_world_that_does_not_fit() -> None:
             ["1/64 of the experts", "Expert 6 ", "ranks 6, 70", "and so on: 1 expert a rank"],
         ),
         (with_model(TINY, num_experts=0), 2, ["100.0% of all", "float32", "1,024"]),
+        (replace(TINY, parallel=ParallelConfig(fsdp=True)), 2, ["2 ranks, ep = 1, FSDP", "gathered weights"]),
+        (replace(TINY, parallel=ParallelConfig(engine="deepspeed")), 2, ["ZeRO-2", "shards of float32 weights"]),
     ],
-    ids=["one rank", "many ranks", "dense"],
+    ids=["one rank", "many ranks", "dense", "FSDP", "DeepSpeed"],
 )
 def test_printed_plan(config: Config, world_size: int, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_command(config, world_size) == 0
