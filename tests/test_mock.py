@@ -385,13 +385,11 @@ REPLICATED = [
 ]
 FSDP = [
     (1, 1, 8, "none"),
-    (2, 1, 16, "none"),
     (2, 1, 4, "full"),
     (2, 2, 4, "selective"),
     (4, 1, 8, "selective"),
     (4, 2, 8, "full"),
     (4, 4, 2, "none"),
-    (8, 1, 2, "none"),
     (8, 2, 4, "none"),
     (8, 4, 4, "full"),
     (8, 8, 2, "full"),
