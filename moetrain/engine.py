@@ -34,7 +34,8 @@ def fsdp_units(model: Decoder, reshard_after_forward: bool) -> list[Unit]:
     """Each layer's experts, router and rest; then embedding, last norm and head.
 
     Weights travel in the arithmetic's dtype where that is narrower than their own, as the layers would round them
-    after the journey; but routers compute in float32.
+    after the journey. But routers compute in float32, and the gradients of embedding and head are sums over all
+    tokens with the same id and over the loss's chunks, which the gathered weights' dtype would round again and again.
     """
     own, compute = model.embedding.dtype, model.compute_dtype
     gather_dtype = compute if compute.itemsize < own.itemsize else None
@@ -48,7 +49,7 @@ def fsdp_units(model: Decoder, reshard_after_forward: bool) -> list[Unit]:
             units.append(Unit(moe.router, None, reshard_after_forward=False))
         units.append(Unit(block, gather_dtype, reshard_after_forward))
     # The loss takes the head after the model's forward pass.
-    units.append(Unit(model, gather_dtype, reshard_after_forward=False))
+    units.append(Unit(model, None, reshard_after_forward=False))
     return units
 
 

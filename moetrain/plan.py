@@ -82,8 +82,8 @@ def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tupl
 
     - torch: all that the rank computes with; the copies are the weights in the arithmetic's dtype, where that is
       narrower, from forward to backward;
-    - FSDP: shards; the copies are gathered: embedding, norm and head, and with `reshard_after_forward` two layers (one
-      computes, the next arrives), else all, in the arithmetic's dtype;
+    - FSDP: shards; the copies are gathered: embedding, norm and head, and in the arithmetic's dtype all layers, or
+      with `reshard_after_forward` two (one computes, the next arrives);
     - DeepSpeed: all weights in the arithmetic's dtype, and shards of Adam's moments; gradients are shards in stage 2;
       the copies are shards of float32 weights.
     """
@@ -97,9 +97,9 @@ def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tupl
         return held * narrow, (held if parallel.zero_stage == 1 else shard) * size, 2 * shard * size, shard * size
     if parallel.fsdp:
         root = count.embedding + count.head + model.dim
-        layer = (held - root) // model.n_layers
-        gathered = root + min(2, model.n_layers) * layer if parallel.reshard_after_forward else held
-        return shard * size, shard * size, 2 * shard * size, gathered * narrow
+        layers = min(2, model.n_layers) if parallel.reshard_after_forward else model.n_layers
+        gathered = root * size + layers * (held - root) // model.n_layers * narrow
+        return shard * size, shard * size, 2 * shard * size, gathered
     return held * size, held * size, 2 * held * size, held * narrow if narrow < size else 0
 
 
