@@ -17,5 +17,5 @@ def logical_tensors(model: Decoder, mesh: Mesh, engine: Engine | None = None) ->
     far as :meth:`Engine.restore` does not say otherwise. Collective.
     """
     own = model.state_dict() if engine is None else dict(model.named_buffers())
-    tensors = {f"model.{name}": Decoder.sharding(name, mesh).logical(tensor) for name, tensor in own.items()}
+    tensors = {f"model.{name}": model.sharding(name, mesh).logical(tensor) for name, tensor in own.items()}
     return tensors if engine is None else tensors | engine.tensors()

@@ -42,7 +42,7 @@ class DeepSpeedEngine:
     ----------
     model : float32 weights; DeepSpeed rounds them where its config enables bf16, and keeps the float32 ones apart
     moe_layers : the modules of the model that have experts; their class becomes a subclass that DeepSpeed knows
-    shardings : how each parameter lies on the ranks; those with a `dim` are experts
+    shardings : how each parameter lies on the ranks; experts are those on a mesh ("ep", "edp")
     accumulation : micro-batches of a step
     """
 
@@ -135,7 +135,7 @@ def _present_as_moe(
 ) -> None:
     """Make the layer an instance of DeepSpeed's MoE, by which it finds experts, and mark its experts' parameters."""
     own = set(layer.parameters())
-    experts = [name for name, p in parameters.items() if p in own and shardings[name].dim is not None]
+    experts = [name for name, p in parameters.items() if p in own and _is_expert(shardings[name])]
     local, ep = parameters[experts[0]].shape[0], shardings[experts[0]].mesh.size(0)
     attributes = {
         "num_experts": local * ep,
@@ -146,6 +146,11 @@ def _present_as_moe(
     layer.__class__ = type(f"DeepSpeed{type(layer).__name__}", (type(layer), _MoE), attributes)
     for name in experts:
         vars(parameters[name]).update(allreduce=False, group_name=f"ep_size_{ep}")
+
+
+def _is_expert(sharding: Sharding) -> bool:
+    names = sharding.mesh.mesh_dim_names
+    return names is not None and names[0] == "ep"
 
 
 class _MoE(MoE):
