@@ -1,4 +1,4 @@
-"""Run a Python module in several processes of this machine with torchrun's elastic agent.
+"""Run a Python module in several processes with torchrun's elastic agent, one agent on each machine.
 
 The workers write straight to this process's stdout and stderr. SIGTERM, SIGINT and SIGUSR1 are passed on to them, so
 that they can save and end by themselves; a second SIGTERM or SIGINT kills them.
@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -19,57 +20,120 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import psutil
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from moetrain.errors import PeerError
 
 PARENT_PID = "MOETRAIN_PARENT_PID"
+JOIN_SECONDS = 600
+"""How long the agents of several nodes wait for one another."""
 PR_SET_PDEATHSIG = 1
 
 
-def run(arguments: list[str], nproc: int, module: str = "moetrain") -> int:
+def run(
+    arguments: list[str],
+    nproc: int,
+    *,
+    nodes: int = 1,
+    endpoint: str | None = None,
+    run_id: str | None = None,
+    max_restarts: int = 0,
+    module: str = "moetrain",
+) -> int:
     """Run ``python -m module arguments…`` in `nproc` processes that find each other through torchrun's variables.
 
-    Returns 0 when all workers end well. When one fails the others are ended too, a line on stderr says which rank it
-    was and why, and its exit code is returned: 128 + n for a worker that died of signal n, as a shell has it.
+    With several `nodes` each calls this, and the agents meet at `endpoint` (HOST:PORT on one of them) under `run_id`.
+    When a worker fails the others are ended, and up to `max_restarts` times all start again.
+
+    Returns 0 when all workers end well. When one fails for good a line on stderr says which rank it was and why, and
+    its exit code is returned: 128 + n for a worker that died of signal n, as a shell has it.
     """
     _silence_elastic()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
     os.environ[PARENT_PID] = str(os.getpid())
+    if max_restarts > 0:
+        # Else torch 2.13 gives all attempts one store, in which a worker may read what dead ones wrote.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # Those of SignalForwarder are ours; the agent answers these by ending the workers.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    # Port 0: the agent's store takes a free port and the workers use that same store.
+    endpoint = endpoint or "127.0.0.1:0"
+    agent: _Agent | None = None
     try:
         with (
             tempfile.TemporaryDirectory(prefix="moetrain-launch-") as folder,
             SignalForwarder(lambda: psutil.Process().children()) as forwarder,
         ):
-            launch = elastic_launch(
-                LaunchConfig(
-                    min_nodes=1,
-                    max_nodes=1,
-                    nproc_per_node=nproc,
-                    run_id=uuid.uuid4().hex,
-                    # Port 0: the agent's store takes a free port and the workers use that same store.
-                    rdzv_backend="c10d",
-                    rdzv_endpoint="127.0.0.1:0",
-                    local_addr="127.0.0.1",
-                    max_restarts=0,
-                    logs_specs=DefaultLogsSpecs(log_dir=folder),
-                    # Those of SignalForwarder are ours; the agent answers these by ending the workers.
-                    signals_to_handle="SIGHUP,SIGQUIT",
-                ),
-                sys.executable,
-            )
             try:
-                launch("-m", module, *arguments)
-            except ChildFailedError as error:
-                if forwarder.killed_by is not None:
-                    return _report(f"killed by a second {forwarder.killed_by.name}", 128 + forwarder.killed_by)
-                rank, failure = first_failure(error.failures)
-                return _report(describe_failure(rank, failure), exit_status(failure.exitcode))
+                rendezvous = get_rendezvous_handler(
+                    RendezvousParameters(
+                        backend="c10d",
+                        endpoint=endpoint,
+                        run_id=run_id or uuid.uuid4().hex,
+                        min_nodes=nodes,
+                        max_nodes=nodes,
+                        local_addr=_own_address(endpoint),
+                        join_timeout=JOIN_SECONDS,
+                        read_timeout=JOIN_SECONDS,
+                    )
+                )
+                agent = _Agent(
+                    WorkerSpec(
+                        role="default",
+                        local_world_size=nproc,
+                        entrypoint=sys.executable,
+                        args=("-m", module, *arguments),
+                        rdzv_handler=rendezvous,
+                        max_restarts=max_restarts,
+                        monitor_interval=0.1,
+                    ),
+                    logs_specs=DefaultLogsSpecs(log_dir=folder),
+                )
+                result = agent.run()
+                # The agents of other nodes must not wait for this one to start again.
+                rendezvous.shutdown()
             except SignalException as error:
                 return _report(f"ended by {error.sigval.name}", 128 + error.sigval)
+            except RendezvousError as error:
+                if agent is not None and agent.has_started:
+                    return _report(f"the launcher at {endpoint} has ended; its output says why", 1)
+                return _report(_describe_rendezvous_error(error, nodes, endpoint), 1)
+            if not result.is_failed():
+                return 0
+            if forwarder.killed_by is not None:
+                return _report(f"killed by a second {forwarder.killed_by.name}", 128 + forwarder.killed_by)
+            rank, failure = first_failure(result.failures)
+            return _report(describe_failure(rank, failure), exit_status(failure.exitcode))
     finally:
         os.environ.pop(PARENT_PID, None)
-    return 0
+
+
+class _Agent(LocalElasticAgent):
+    """Says why it starts its workers again."""
+
+    _seen: RunResult | None = None
+
+    @property
+    def has_started(self) -> bool:
+        return self._seen is not None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._seen = super()._monitor_workers(worker_group)
+        return self._seen
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if self._seen is not None and self._seen.is_failed():
+            limit = worker_group.spec.max_restarts
+            reason = describe_failure(*first_failure(self._seen.failures))
+            _say(f"{reason}; all ranks start again (restart {limit - self._remaining_restarts} of {limit})")
+        else:
+            _say("another node starts its ranks again, and so does this one")
+        super()._restart_workers(worker_group)
 
 
 def end_with_launcher() -> None:
@@ -146,12 +210,13 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
         failure = item[1]
         if failure.exitcode == -signal.SIGTERM:
-            return 2, 0.0  # that is how the agent ends the others
+            return 3, 0.0  # that is how the agent ends the others
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT:
             return 0, failure.timestamp  # a crash or a kill is never the consequence of another rank's end
         # Recorded times are whole seconds, too coarse to tell an error from the broken connections that follow it.
         written = os.path.isfile(failure.error_file)
-        return 1, os.path.getmtime(failure.error_file) if written else failure.timestamp
+        when = os.path.getmtime(failure.error_file) if written else failure.timestamp
+        return 2 if failure.exitcode == PeerError.exit_code else 1, when
 
     return min(failures.items(), key=order)
 
@@ -167,8 +232,37 @@ def describe_failure(rank: int, failure: ProcessFailure) -> str:
     return f"{who} failed with exit code {failure.exitcode}" + (f": {message}" if message else "")
 
 
-def _report(line: str, status: int) -> int:
+def _own_address(endpoint: str) -> str:
+    """The address of this machine that the others can reach: the one that leads to the endpoint."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing
+            own: str = probe.getsockname()[0]
+    except OSError:  # of which the rendezvous will complain
+        return socket.getfqdn()
+    # A machine may know itself under a loopback address; the others know it by the name that they were given.
+    return host if own.startswith("127.") or own == "::1" else own
+
+
+def _describe_rendezvous_error(error: RendezvousError, nodes: int, endpoint: str) -> str:
+    if nodes == 1:
+        return f"the agent failed: {error}"
+    if isinstance(error, RendezvousClosedError):
+        return f"rendezvous at {endpoint}: the run has ended on another node, whose output says why"
+    return (
+        f"rendezvous at {endpoint}: {nodes} nodes have not met ({type(error).__name__}: {error}); give the same "
+        f"command on each within {JOIN_SECONDS // 60} minutes, and an address and port that each can reach"
+    )
+
+
+def _say(line: str) -> None:
     print(f"moetrain: {line}", file=sys.stderr, flush=True)
+
+
+def _report(line: str, status: int) -> int:
+    _say(line)
     return status
 
 

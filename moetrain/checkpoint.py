@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import secrets
 import shutil
@@ -43,7 +44,8 @@ from torch.distributed.tensor import DTensor
 
 import moetrain
 from moetrain.errors import CheckpointError
-from moetrain.files import fsync_folder, sha256, written_aside
+from moetrain.files import folder_written_aside, fsync_folder, sha256, written_aside
+from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.mesh import Mesh
 
@@ -111,6 +113,35 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file}: unreadable: {_reason(error)}") from error
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a checkpoint knows of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def contents(path: Path) -> dict[str, TensorEntry]:
+    """The logical tensors in the checkpoint `path`, by name; CheckpointError if its metadata cannot be read."""
+    try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise CheckpointError(f"{path}: its metadata cannot be read: {_reason(error)}") from error
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in saved.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        entries[name] = TensorEntry(tuple(entry.size), entry.properties.dtype)
+    return entries
+
+
 def verify(path: Path, *, checksums: bool = True, part: slice = slice(None)) -> list[str]:
     """What is wrong with the checkpoint `path`, one line for each file; empty if nothing is.
 
@@ -121,9 +152,14 @@ def verify(path: Path, *, checksums: bool = True, part: slice = slice(None)) -> 
         manifest = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
+    return check_files(path, dict(list(manifest.files.items())[part]), checksums=checksums)
+
+
+def check_files(folder: Path, files: Mapping[str, FileEntry], *, checksums: bool = True) -> list[str]:
+    """Which of these files are not what they must be, one line each."""
 
     def problem(name: str) -> str | None:
-        file, entry = path / name, manifest.files[name]
+        file, entry = folder / name, files[name]
         try:
             size = file.stat().st_size
             if size != entry.size:
@@ -136,8 +172,8 @@ def verify(path: Path, *, checksums: bool = True, part: slice = slice(None)) -> 
             return f"{file}: {_reason(error)}"
         return None
 
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
-        return [line for line in pool.map(problem, list(manifest.files)[part]) if line is not None]
+    with watchdog.paused(), ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
+        return [line for line in pool.map(problem, files) if line is not None]
 
 
 def latest(folder: Path, *, checksums: bool = False) -> Path | None:
@@ -145,14 +181,25 @@ def latest(folder: Path, *, checksums: bool = False) -> Path | None:
     return _first_whole([path for _, path in _checkpoints(folder)], lambda path: verify(path, checksums=checksums))
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
     """The checkpoint that a user means by `path`: a checkpoint, a checkpoints folder, or a run folder (the newest).
 
-    Checksums are verified. Raises CheckpointError if there is none, or if the one that was named is damaged.
+    It is verified, without `checksums` by the sizes of its files only. Raises CheckpointError if there is none, or if
+    the one that was named is damaged.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run, a checkpoints folder or a checkpoint")
-    return _choose(path, _meant(path), verify)
+    return _choose(path, _meant(path), lambda checkpoint: verify(checkpoint, checksums=checksums))
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """All checkpoints that `path` holds, whole or not, newest first; CheckpointError if there is none."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a run, a checkpoints folder or a checkpoint")
+    found = _meant(path)
+    if not found:
+        raise CheckpointError(f"{path}: holds no checkpoint; give a run, a checkpoints folder or a checkpoint")
+    return found
 
 
 def find_resume(folder: Path, resume: str, mesh: Mesh) -> Path | None:
@@ -374,7 +421,8 @@ class Checkpointer:
             return
         target, future = self._pending
         try:
-            future.result()
+            with watchdog.paused():
+                future.result()
         except (Exception, CheckpointException) as error:
             failure = CheckpointError(f"saving {target} failed: {_reason(error)}")
             failure.agreed = isinstance(error, CheckpointError) and error.agreed
@@ -555,6 +603,37 @@ class _Writer(dcp.FileSystemWriter):
         return {name: FileEntry(file.stat().st_size, sha256(file)) for name, file in files.items()}
 
 
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
+    """Write whole tensors as the new checkpoint `path`, in this process alone; raises CheckpointError.
+
+    `like`: step, world_size, ep and progress of the manifest; the versions are this process's.
+    """
+    try:
+        _write_checkpoint(path, tensors, like)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def _write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
+    with folder_written_aside(path) as aside:
+        writer = _Writer(aside)
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with warnings.catch_warnings():  # that a save without collectives is meant for one process
+            warnings.simplefilter("ignore")
+            dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            step=like["step"],
+            moetrain=moetrain.__version__,
+            torch=torch.__version__,
+            world_size=like["world_size"],
+            ep=like["ep"],
+            progress=like["progress"],
+            files=writer.files(),
+        )
+        _write_manifest(aside, manifest)
+
+
 # ----------------------------------------------------------------------------------------------------- loading
 
 
@@ -587,7 +666,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *,
 
 
 def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = contents(path)
     problems = []
     missing = sorted(tensors.keys() - saved.keys())
     if missing:
@@ -598,8 +677,7 @@ def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
     differing = []
     for name in sorted(tensors.keys() & saved.keys()):
         tensor, entry = tensors[name], saved[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        was, wanted = (tuple(entry.size), entry.properties.dtype), (tuple(tensor.shape), tensor.dtype)
+        was, wanted = (entry.shape, entry.dtype), (tuple(tensor.shape), tensor.dtype)
         if was != wanted:
             differing.append(f"{name} {list(was[0])} {was[1]}, wanted {list(wanted[0])} {wanted[1]}")
     if differing:

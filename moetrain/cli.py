@@ -10,13 +10,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from moetrain import __version__
 from moetrain.config import Config, check_world, load_config, packaged_configs, to_yaml
 from moetrain.errors import ConfigError, UserError
-
-Launcher = Literal["torchrun", "deepspeed", "none"]
+from moetrain.launch.processes import (
+    add_launch_arguments,
+    check_restarts,
+    choose_processes,
+    is_worker,
+    positive,
+    start,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_error(error: UserError) -> None:
     """One line. An error that all ranks share is told by rank 0 alone."""
-    rank = os.environ["RANK"] if _is_worker() else "0"
+    rank = os.environ["RANK"] if is_worker() else "0"
     shared = error.agreed or isinstance(error, ConfigError)
     if rank == "0" or not shared:
         where = "" if rank == "0" else f"rank {rank}: "
@@ -92,10 +98,11 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         "  moetrain train tiny\n"
         "  moetrain train small train.steps=2000 optim.lr=1e-3 --nproc 4\n"
         "  moetrain train my.yaml parallel.ep=8 --nproc auto --launcher deepspeed\n"
+        "  moetrain train my.yaml --nnodes 2 --rdzv-endpoint node1:29500 --max-restarts 3   # on both nodes\n"
         "  torchrun --nproc-per-node 8 -m moetrain train my.yaml parallel.ep=8\n",
     )
     _add_config(train)
-    _add_launch(train)
+    add_launch_arguments(train, restarts=True)
     train.set_defaults(handler=_train)
 
     evaluate = _add_command(
@@ -110,7 +117,7 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     evaluate.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
     _add_overrides(evaluate)
     evaluate.add_argument("--json", metavar="F", help="also write the scores to this file")
-    _add_launch(evaluate)
+    add_launch_arguments(evaluate, restarts=False)
     evaluate.set_defaults(handler=_evaluate)
 
     data = _add_command(
@@ -122,6 +129,16 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     )
     if command == "data":
         _add_data_commands(data)
+
+    checkpoint = _add_command(
+        commands,
+        "checkpoint",
+        "inspect, verify and convert checkpoints",
+        "Look into checkpoints, check every byte, and turn them into safetensors and back.",
+        "examples:\n  moetrain checkpoint info runs/tiny\n  moetrain checkpoint verify runs/tiny\n",
+    )
+    if command == "checkpoint":
+        _add_checkpoint_commands(checkpoint)
 
     config = _add_command(
         commands,
@@ -143,7 +160,7 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     )
     _add_config(plan)
     plan.add_argument(
-        "--world-size", type=_positive, default=1, metavar="N", help="plan for N processes (default: %(default)s)"
+        "--world-size", type=positive, default=1, metavar="N", help="plan for N processes (default: %(default)s)"
     )
     plan.set_defaults(handler=_plan)
 
@@ -197,6 +214,44 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     info.set_defaults(handler=info_command)
 
 
+def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
+    from moetrain import checkpoint_commands as run  # it takes torch with it, as the data commands do
+
+    commands = checkpoint.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    info = _add_command(
+        commands,
+        "info",
+        "what is in a checkpoint",
+        "Print who wrote a checkpoint and when, how far the run was, and what its parts hold.",
+        "examples:\n  moetrain checkpoint info runs/tiny\n",
+    )
+    run.add_info_arguments(info)
+    info.set_defaults(handler=run.info_command)
+    verify = _add_command(
+        commands,
+        "verify",
+        "compare every byte with its checksum",
+        "Read all files of checkpoints and print a line for each that is damaged or missing; exit code 1 if any is.",
+        "examples:\n  moetrain checkpoint verify runs/tiny\n"
+        "  moetrain checkpoint verify runs/tiny/checkpoints/step-00000100\n",
+    )
+    run.add_verify_arguments(verify)
+    verify.set_defaults(handler=run.verify_command)
+    convert = _add_command(
+        commands,
+        "convert",
+        "to safetensors and back",
+        "Write a checkpoint as a folder of safetensors under moetrain's names, or such a folder as a checkpoint.\n"
+        "Other numbers of ranks and other parallelism need no conversion: a checkpoint loads under any.",
+        "examples:\n"
+        "  moetrain checkpoint convert runs/tiny --out tiny-weights --weights-only --dtype bfloat16\n"
+        "  moetrain checkpoint convert runs/tiny --out tiny-all\n"
+        "  moetrain checkpoint convert tiny-all --out runs/again/checkpoints/step-00000320\n",
+    )
+    run.add_convert_arguments(convert)
+    convert.set_defaults(handler=run.convert_command)
+
+
 def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     commands = bench.add_subparsers(metavar="command", required=True, parser_class=_Parser)
     layer = _add_command(
@@ -227,7 +282,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     )
     layer.add_argument("--parity", action="store_true", help="only check, do not time")
     layer.add_argument("--profile", action="store_true", help="also time every kernel of ours by itself")
-    layer.add_argument("--rounds", type=_positive, default=5, metavar="N", help="(default: %(default)s)")
+    layer.add_argument("--rounds", type=positive, default=5, metavar="N", help="(default: %(default)s)")
     _add_bench_output(layer)
     layer.set_defaults(handler=_bench_moe_layer)
 
@@ -247,8 +302,8 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
         "--peer", choices=["transformers"], help="also time the same model there, with grouped_mm experts"
     )
     step.add_argument("--peer-first", action="store_true", help="time the peer before ours")
-    step.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps to time (default: %(default)s)")
-    step.add_argument("--warmup", type=_positive, default=3, metavar="N", help="before those (default: %(default)s)")
+    step.add_argument("--steps", type=positive, default=20, metavar="N", help="steps to time (default: %(default)s)")
+    step.add_argument("--warmup", type=positive, default=3, metavar="N", help="before those (default: %(default)s)")
     _add_bench_output(step)
     step.set_defaults(handler=_bench_step)
 
@@ -279,38 +334,13 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_launch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--nproc",
-        type=_nproc,
-        metavar="N",
-        help="processes on this machine; auto: one a GPU, or on a CPU 2 where there are two cores "
-        "(default: 1; with --launcher torchrun or deepspeed, auto)",
-    )
-    parser.add_argument(
-        "--launcher",
-        choices=["torchrun", "deepspeed", "none"],
-        help="what starts the processes (default: torchrun for more than one, else none). Not needed under torchrun or "
-        "deepspeed: the command then joins the processes that they started",
-    )
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return int(text)
-
-
-def _nproc(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else _positive(text)
-
-
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    launcher, world_size = _choose_processes(arguments, config.run.device)
-    check_world(config, world_size)
-    if launcher != "none":
-        return _launch(launcher, ["train", arguments.config, *arguments.overrides], world_size, config.run.device)
+    processes = choose_processes(arguments, config.run.device)
+    check_world(config, processes.world_size)
+    check_restarts(processes, config.checkpoint)
+    if processes.launcher != "none":
+        return start(processes, ["train", arguments.config, *arguments.overrides], config.run.device)
     _prepare_worker()
     from moetrain.trainer import train
 
@@ -318,10 +348,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    launcher, world_size = _choose_processes(arguments, "auto")
-    if launcher != "none":
+    processes = choose_processes(arguments, "auto")
+    if processes.launcher != "none":
         json = [] if arguments.json is None else ["--json", arguments.json]
-        return _launch(launcher, ["evaluate", arguments.target, *arguments.overrides, *json], world_size, "auto")
+        return start(processes, ["evaluate", arguments.target, *arguments.overrides, *json], "auto")
     _prepare_worker()
     from moetrain.evaluate import evaluate_command
 
@@ -363,59 +393,8 @@ def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name != "handler"}
 
 
-def _is_worker() -> bool:
-    """Whether a launcher (torchrun, DeepSpeed, a Slurm script) started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _choose_processes(arguments: argparse.Namespace, device: str) -> tuple[Launcher, int]:
-    """What is to be started, and the world size; ("none", …): this process does the work."""
-    launcher: Launcher | None = arguments.launcher
-    nproc: int | Literal["auto"] | None = arguments.nproc
-    if _is_worker():
-        world_size = os.environ["WORLD_SIZE"]
-        if nproc is not None or launcher not in (None, "none"):
-            raise ConfigError(
-                f"--nproc, --launcher: a launcher has already started this process (WORLD_SIZE={world_size} is set)"
-            )
-        if not world_size.isascii() or not world_size.isdigit() or int(world_size) == 0:
-            raise ConfigError(f"WORLD_SIZE = {world_size!r} in the environment: must be a positive number")
-        return "none", int(world_size)
-    if nproc is None:
-        nproc = 1 if launcher in (None, "none") else "auto"
-    if nproc == "auto":
-        nproc = _auto_nproc(device)
-    if launcher == "none" and nproc > 1:
-        raise ConfigError(f"--nproc {nproc}: --launcher none runs in this process only")
-    if launcher is None:
-        launcher = "torchrun" if nproc > 1 else "none"
-    return launcher, nproc
-
-
-def _auto_nproc(device: str) -> int:
-    import torch
-
-    from moetrain.launch.torchrun import usable_cores
-
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    return gpus or min(2, usable_cores())
-
-
-def _launch(launcher: Launcher, command: list[str], nproc: int, device: str) -> int:
-    import torch
-
-    from moetrain.launch import deepspeed, torchrun
-
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus == 0:
-        raise ConfigError("run.device = cuda: there is no GPU here")
-    if device != "cpu" and 0 < gpus < nproc:
-        raise ConfigError(f"--nproc {nproc}: more than the {gpus} GPUs here; use run.device=cpu for more processes")
-    return (deepspeed if launcher == "deepspeed" else torchrun).run(command, nproc)
-
-
 def _prepare_worker() -> None:
-    if not _is_worker():
+    if not is_worker():
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -427,7 +406,7 @@ def _prepare_worker() -> None:
 
 def _record(error: Exception) -> None:
     """Leave the error where torchrun looks for the reason of a rank's failure."""
-    if _is_worker() and "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if is_worker() and "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

@@ -32,7 +32,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: one GPU for each process where there are GPUs, the CPU elsewhere."""
     timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run with an error."""
+    """A rank for which the others wait longer ends the run, with an error that names it."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,21 @@ class RouterConfig:
     balance_weight: float = 0.01
     """Weight of the load-balance loss; 0: off."""
     balance_scope: Literal["sequence", "rank", "global"] = "global"
-    """Tokens over which balance is asked for: each sequence, each micro-batch of a rank, or the global batch: of all
-    ranks and, of a step's micro-batches, those so far (arXiv 2501.11873), so that with gradient accumulation the loss
-    depends on train.micro_batch."""
+    """Tokens over which balance is asked for: each sequence, a rank's tokens of a micro-batch, or the global batch: of
+    all ranks and, of a step's micro-batches, those so far (arXiv 2501.11873), so that with gradient accumulation the
+    loss depends on train.micro_batch."""
     z_weight: float = 0.001
     """Weight of the router z-loss; 0: off."""
     bias_update_rate: float = 0.0
     """Auxiliary-loss-free balancing (DeepSeek-V3): step of the selection bias after each optimiser step; 0: off."""
     capacity_factor: float | None = None
-    """An expert takes at most factor · T · K / E of the T tokens of a rank's micro-batch; null: dropless."""
+    """An expert takes at most factor · T · K / E of a rank's T tokens of a micro-batch; null: dropless."""
     drop_policy: Literal["weight", "position"] = "weight"
     """Whom a full expert refuses: the pairs of lowest weight, or the last ones in the batch."""
     rounding: Literal["none", "nearest", "up", "down", "balanced"] = "none"
-    """Training only: round each expert's tokens of a rank's micro-batch to a multiple of the kernel's tile, so that no
-    row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of all
-    changes stays below half a tile. A token may gain or lose experts."""
+    """Training only: round each expert's tokens, of a rank's of a micro-batch, to a multiple of the kernel's tile, so
+    that no row of it is padding (SonicMoE, docs/routing.md): to the nearest multiple, up, down, or so that the sum of
+    all changes stays below half a tile. A token may gain or lose experts."""
     jitter: float = 0.0
     """Training only: multiply the router's input by uniform noise in [1 − jitter, 1 + jitter]."""
     force_balance: bool = False
@@ -145,7 +145,7 @@ class ActivationCheckpointingConfig:
 
     mode: Literal["none", "full", "selective"] = "none"
     """full: whole layers; selective: attention and the experts, each from its own input, so that neither routing nor
-    a collective runs twice."""
+    a collective runs twice, but for the gathering of tokens before attention with parallel.tp."""
     every: int = 1
     """Only every n-th layer."""
 
@@ -169,8 +169,8 @@ class TrainConfig:
     tokens_per_step: int = 16_384
     """Tokens of the global batch: all ranks, all accumulation steps. Independent of the number of GPUs."""
     micro_batch: int = 1
-    """Sequences of one forward pass on one rank (fewer where its share of a step is smaller); the rest of the share is
-    gradient accumulation."""
+    """Sequences of one forward pass on one rank, or on the parallel.tp ranks that split them (fewer where their share
+    of a step is smaller); the rest of the share is gradient accumulation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers: auto is bfloat16 on a GPU and float32 on a CPU. Norm statistics, router and loss are
     always float32."""
@@ -210,13 +210,25 @@ class ParallelConfig:
     """How ranks share the work: world = dp × tp, and experts spread over ep consecutive ranks."""
 
     dp: int | None = None
-    """Data-parallel ranks; default world / tp."""
+    """Shares of the batch; default world / tp."""
     tp: int = 1
+    """Consecutive ranks that work on one share of the batch: each has 1/tp of the heads, of the dense feed-forward
+    layers, of the vocabulary, and of the tokens where they are worked on one by one."""
     ep: int = 1
     wire: Literal["compute", "bfloat16", "float8"] = "compute"
     """How rows travel to experts of other ranks: as they are, rounded to bfloat16, or as E4M3 with a scale for each 128
     columns (then the experts' sums return in bfloat16)."""
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Who reduces gradients and updates weights: torch, or DeepSpeed's ZeRO (docs/parallelism.md, "Engines")."""
+    fsdp: bool = False
+    """torch: weights, gradients and Adam moments in shards, dense ones over dp and experts over their world / ep
+    copies (FSDP2); else each rank keeps all that it computes with."""
+    reshard_after_forward: bool = True
+    """fsdp: free a layer's gathered weights after its forward pass and gather them again for the backward pass."""
+    zero_stage: int = 2
+    """deepspeed: shard Adam's moments and float32 weights (1), or gradients too (2)."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """deepspeed: further keys of its JSON config; those that follow from other keys here are refused."""
 
 
 @dataclass(frozen=True)
@@ -590,7 +602,8 @@ def check(config: Config) -> None:
         )
     else:
         _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
-    _require(parallel.tp == 1, "parallel.tp", parallel.tp, "tensor parallelism is not available yet; use 1")
+    _check_tensor_parallel(config)
+    _check_engine(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
     if config.metrics.peak_tflops is not None:
@@ -599,6 +612,89 @@ def check(config: Config) -> None:
         config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
     )
     _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    """Everything that tp ranks split must divide evenly."""
+    model, tp = config.model, config.parallel.tp
+    split = {"model.n_heads": model.n_heads, "model.n_kv_heads": model.kv_heads, "data.seq_len": config.data.seq_len}
+    if not all(model.is_moe_layer(layer) for layer in range(model.n_layers)):
+        split["model.ffn_dim"] = model.ffn_dim
+    largest = math.gcd(*split.values())
+    fitting = ", ".join(str(size) for size in range(1, largest + 1) if largest % size == 0)
+    for key, value in split.items():
+        _require(value % tp == 0, "parallel.tp", tp, f"must divide {key} = {value}; here it can be {fitting}")
+    _require(
+        model.vocab_size % tp == 0,
+        "model.vocab_size",
+        model.vocab_size,
+        f"must be a multiple of parallel.tp = {tp}: {-(-model.vocab_size // tp) * tp} is, with words that never occur",
+    )
+
+
+DEEPSPEED_DERIVED = {
+    "train_batch_size": "train.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step and train.micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "gradient_allreduce_op": "the loss, whose gradients are summed",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+"""Keys of DeepSpeed's config, and what of ours they follow from."""
+
+
+def _check_engine(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.engine != "deepspeed":
+        _require(not parallel.deepspeed, "parallel.deepspeed", parallel.deepspeed, "needs parallel.engine = deepspeed")
+        return
+    _require(
+        not parallel.fsdp, "parallel.fsdp", parallel.fsdp, "needs parallel.engine = torch; DeepSpeed has zero_stage"
+    )
+    stages = {
+        0: "DeepSpeed without ZeRO takes wrong gradient norms of experts; use 1, 2 or parallel.engine = torch",
+        3: "DeepSpeed refuses stage 3 with experts; use 2, or parallel.engine = torch with parallel.fsdp = true, which "
+        "shards as much",
+    }
+    stage = parallel.zero_stage
+    _require(stage in (1, 2), "parallel.zero_stage", stage, stages.get(stage, "must be 1 or 2"))
+    _require(
+        parallel.tp == 1,
+        "parallel.tp",
+        parallel.tp,
+        "with parallel.engine = deepspeed must be 1: ZeRO would count what all tp ranks hold more than once; use "
+        "parallel.engine = torch",
+    )
+    _require(
+        config.train.param_dtype == "float32",
+        "train.param_dtype",
+        config.train.param_dtype,
+        "DeepSpeed keeps weights and Adam's moments in float32; use float32 (train.dtype = bfloat16 rounds the weights "
+        "that compute), or parallel.engine = torch",
+    )
+    check_zero_dtype(config, config.train.dtype)
+    for path, source in DEEPSPEED_DERIVED.items():
+        section: Any = parallel.deepspeed
+        *parents, last = path.split(".")
+        for parent in parents:
+            section = section.get(parent, {})
+        if last in section:
+            raise ConfigError(f"parallel.deepspeed.{path} = {section[last]}: follows from {source}; remove this key")
+
+
+def check_zero_dtype(config: Config, dtype: str) -> None:
+    """Whether DeepSpeed can train in this arithmetic; raises ConfigError."""
+    _require(
+        config.parallel.zero_stage != 1 or dtype != "bfloat16",
+        "parallel.zero_stage",
+        1,
+        "DeepSpeed's stage 1 in bfloat16 has another optimiser, with other gradient norms; use 2, or train.dtype = "
+        "float32",
+    )
 
 
 def check_world(config: Config, world_size: int) -> None:

@@ -15,6 +15,15 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class PeerError(UserError):
+    """Another rank died, hung or failed, and this one ends because of it. The message names the other rank.
+
+    The exit code is sysexits' EX_TEMPFAIL: the same command goes on from the last checkpoint.
+    """
+
+    exit_code = 75
+
+
 class DataError(UserError):
     """Training data that is missing, damaged or of the wrong kind. The message names the file."""
 

@@ -19,7 +19,7 @@ from moetrain.data import IGNORED, Dataset, check_vocabulary, heldout_batches, o
 from moetrain.errors import UserError
 from moetrain.files import write_text
 from moetrain.model import Decoder
-from moetrain.parallel import Mesh, environment_world_size, first_on_each_node
+from moetrain.parallel import Mesh, environment_world_size, first_on_each_node, watchdog
 from moetrain.ranks import joined_mesh
 from moetrain.state import logical_tensors
 
@@ -66,9 +66,11 @@ def heldout_score(model: Decoder, dataset: Dataset, config: Config, mesh: Mesh) 
         end_of_document=dataset.end_of_document if config.data.mask_documents else None,
     )
     for host_batch in batches:
+        watchdog.moved("evaluation")
         batch = host_batch.to(mesh.device)
         hidden_BSD, _ = model(batch.tokens_BS, batch.documents_BS)
-        targets = (batch.targets_BS != IGNORED).sum()
+        # The tp ranks of a share of the batch have summands of its loss, but all of its targets.
+        targets = (batch.targets_BS != IGNORED).sum() * (mesh.tp_rank == 0)
         sums += torch.stack([model.cross_entropy(hidden_BSD, batch.targets_BS).double(), targets])
     if mesh.world_size > 1:
         dist.all_reduce(sums)
@@ -107,8 +109,8 @@ def evaluate_command(target: str, overrides: list[str], json_path: str | None) -
     manifest = read_manifest(checkpoint)
     config = from_dict(manifest.progress["config"], where=str(checkpoint))
     # The number of ranks here need not be that of the run.
-    ep = math.gcd(config.parallel.ep, environment_world_size())
-    topology = ["parallel.dp=null", f"parallel.ep={ep}"]
+    tp, ep = (math.gcd(size, environment_world_size()) for size in (config.parallel.tp, config.parallel.ep))
+    topology = ["parallel.dp=null", f"parallel.tp={tp}", f"parallel.ep={ep}"]
     config = from_dict(manifest.progress["config"], [*topology, *overrides], where=str(checkpoint))
     with joined_mesh(config) as mesh:
         dataset = first_on_each_node(lambda first: open_dataset(config.data, verify=first), mesh)

@@ -32,6 +32,9 @@ class ParameterCount:
     """Of `experts`, those that one token uses: K / E of them. Not a part of its own."""
     vectors: int
     """Norm weights and biases: the parameters, besides the embedding, that no matrix product reads."""
+    split: int
+    """Of those that are not experts' the ones that tensor parallelism splits, the others being on every rank. Not a
+    part of its own."""
 
     @property
     def dense(self) -> int:
@@ -85,16 +88,22 @@ def parameters(config: Config) -> ParameterCount:
     # gate, up and down: three D × width matrices in every feed-forward network.
     expert = 3 * D * model.expert_dim
     shared_expert = 3 * D * model.shared_dim + (D if model.shared_gate else 0)
+    embedding = model.vocab_size * D
+    head = 0 if model.tie_embeddings else embedding
+    attention = model.n_layers * 2 * D * (H + Hkv) * hd
+    feed_forward = dense_layers * 3 * D * model.ffn_dim
+    of_heads = model.n_layers * (qkv_bias + (qk_norm if model.qk_norm == "full" else 0))
     return ParameterCount(
-        embedding=model.vocab_size * D,
-        head=0 if model.tie_embeddings else model.vocab_size * D,
-        attention=model.n_layers * 2 * D * (H + Hkv) * hd,
-        feed_forward=dense_layers * 3 * D * model.ffn_dim,
+        embedding=embedding,
+        head=head,
+        attention=attention,
+        feed_forward=feed_forward,
         shared_experts=moe_layers * shared_expert,
         routers=moe_layers * model.num_experts * D,
         experts=moe_layers * model.num_experts * expert,
         used_experts=moe_layers * config.router.top_k * expert,
         vectors=model.n_layers * (2 * D + qk_norm + qkv_bias) + D,
+        split=embedding + head + attention + feed_forward + of_heads,
     )
 
 

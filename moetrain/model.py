@@ -1,12 +1,17 @@
 """The decoder: embedding, attention, dense or MoE feed-forward layers, head.
 
+Under tensor parallelism a rank has 1 / tp of the heads, of the dense feed-forward layers and of the vocabulary, and
+1 / tp of the tokens wherever each token is worked on by itself: in the residual stream, norms and MoE layers.
+
 Shapes: B sequences, S positions, T = B·S tokens, D width, H query heads, V vocabulary, F dense feed-forward width,
-E experts (on this rank: E / ep), I expert width, L MoE layers.
+E experts (on this rank: E / ep), I expert width, L MoE layers. Where a rank has but its share of the tokens, B and S
+are the number and the length of its pieces: whole sequences, or equal parts of sequences.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,7 +24,19 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig
 from moetrain.data import IGNORED
 from moetrain.kernels import GatedActivation, Routing, activate, choose_backend, expert_mlp
-from moetrain.parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher, Mesh, Sharding
+from moetrain.parallel import (
+    AllToAllDispatcher,
+    Dispatcher,
+    LocalDispatcher,
+    Mesh,
+    Sharding,
+    embed,
+    gather_rows,
+    gather_sequences,
+    split_cross_entropy,
+    sum_over_ranks,
+    sum_to_pieces,
+)
 from moetrain.router import Router, RouterStats
 
 
@@ -37,15 +54,26 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) ⊙ w over the last dimension (arXiv 1910.07467), statistics in float32."""
+    """x / rms(x) ⊙ w over the last dimension (arXiv 1910.07467), statistics in float32.
 
-    def __init__(self, dim: int, eps: float, dtype: torch.dtype = torch.float32):
+    `group`: the ranks over which that dimension is split, `dim` of it on each.
+    """
+
+    def __init__(
+        self, dim: int, eps: float, dtype: torch.dtype = torch.float32, *, group: dist.ProcessGroup | None = None
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
         self.eps = eps
+        self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if self.group is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = sum_over_ranks(wide.square().mean(-1, keepdim=True), self.group) / self.group.size()
+        return (wide * (mean_square + self.eps).rsqrt() * weight).to(x.dtype)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -66,12 +94,16 @@ def apply_rotary(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query causal self-attention with rotary positions and optional query/key norms."""
+    """Grouped-query causal self-attention with rotary positions and optional query/key norms.
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+    `group`: the ranks over which the heads are split; each computes its heads' summand of the output.
+    """
+
+    def __init__(self, model: ModelConfig, group: dist.ProcessGroup | None, dtype: torch.dtype):
         super().__init__()
         self.head_dim = model.head_width
-        queries, keys = model.n_heads * self.head_dim, model.kv_heads * self.head_dim
+        tp = 1 if group is None else group.size()
+        queries, keys = (heads // tp * self.head_dim for heads in (model.n_heads, model.kv_heads))
         self.wq = Linear(model.dim, queries, bias=model.qkv_bias, dtype=dtype)
         self.wk = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
         self.wv = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
@@ -79,9 +111,12 @@ class Attention(nn.Module):
         self.norm_per_head = model.qk_norm == "head"
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
-        if model.qk_norm != "none":
-            self.q_norm = RMSNorm(self.head_dim if self.norm_per_head else queries, model.norm_eps, dtype)
-            self.k_norm = RMSNorm(self.head_dim if self.norm_per_head else keys, model.norm_eps, dtype)
+        if model.qk_norm == "head":
+            self.q_norm = RMSNorm(self.head_dim, model.norm_eps, dtype)
+            self.k_norm = RMSNorm(self.head_dim, model.norm_eps, dtype)
+        elif model.qk_norm == "full":
+            self.q_norm = RMSNorm(queries, model.norm_eps, dtype, group=group)
+            self.k_norm = RMSNorm(keys, model.norm_eps, dtype, group=group)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
         q, k = self.wq(x_BSD), self.wk(x_BSD)
@@ -99,16 +134,21 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W_down (act(W_gate x) ⊙ W_up x), gate and up as one matrix [2F, D]."""
+    """W_down (act(W_gate x) ⊙ W_up x).
+
+    `w_gate_up` [2, F, D] is gate and up, multiplied as one matrix [2F, D]: so that 1 / tp of both is one part of it.
+    With part of the `inner` = F hidden units the result is their summand of the output.
+    """
 
     def __init__(self, dim: int, inner: int, activation: GatedActivation, dtype: torch.dtype):
         super().__init__()
-        self.w_gate_up = Linear(dim, 2 * inner, dtype=dtype)
-        self.w_down = Linear(inner, dim, dtype=dtype)
+        self.w_gate_up = nn.Parameter(torch.empty(2, inner, dim, dtype=dtype))
+        self.w_down = nn.Parameter(torch.empty(dim, inner, dtype=dtype))
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(activate(self.w_gate_up(x), self.activation))
+        h = F.linear(x, self.w_gate_up.flatten(0, 1).to(x.dtype))
+        return F.linear(activate(h, self.activation), self.w_down.to(x.dtype))
 
 
 class SharedExpert(nn.Module):
@@ -157,6 +197,7 @@ class MoE(nn.Module):
             model.num_experts,
             config.router,
             balance_group=None if mesh is None or mesh.world_size == 1 else cast(Any, dist.group.WORLD),
+            sequence_group=_tp_group(mesh),
             param_dtype=dtype,
         )
         self.dispatcher: Dispatcher = (
@@ -166,8 +207,10 @@ class MoE(nn.Module):
         self.shared = SharedExpert(model, dtype) if model.shared_dim else None
         self.recompute_experts = False
 
-    def forward(self, x_BSD: Tensor, prior_load_E: Tensor | None, noise_seed: int | None) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BSD, prior_load_E=prior_load_E, noise_seed=noise_seed)
+    def forward(
+        self, x_BSD: Tensor, pieces: int, prior_load_E: Tensor | None, noise_seed: int | None
+    ) -> tuple[Tensor, RouterStats]:
+        routing, stats = self.router(x_BSD, pieces=pieces, prior_load_E=prior_load_E, noise_seed=noise_seed)
         dispatched = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         y_RD = _maybe_checkpoint(self.recompute_experts, self.experts, dispatched.x_RD, dispatched.routing)
         y_BSD = self.dispatcher.combine(y_RD, dispatched).view_as(x_BSD)
@@ -177,18 +220,25 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    x and its norms are of this rank's tokens, attention and a dense feed-forward network of all tokens of its share of
+    the batch: gathered before, and their summands added up and scattered after.
+    """
 
     def __init__(self, config: Config, layer: int, mesh: Mesh | None, dtype: torch.dtype):
         super().__init__()
         model = config.model
+        self.tp_group = _tp_group(mesh)
         self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype)
-        self.attention = Attention(model, dtype)
+        self.attention = Attention(model, self.tp_group, dtype)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.is_moe = model.is_moe_layer(layer)
-        self.ffn = (
-            MoE(config, mesh, dtype) if self.is_moe else FeedForward(model.dim, model.ffn_dim, model.activation, dtype)
-        )
+        if self.is_moe:
+            self.ffn: nn.Module = MoE(config, mesh, dtype)
+        else:
+            inner = model.ffn_dim if mesh is None else model.ffn_dim // mesh.tp
+            self.ffn = FeedForward(model.dim, inner, model.activation, dtype)
         self.recompute_attention = False
 
     def forward(
@@ -201,36 +251,42 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         x_BSD = _maybe_checkpoint(self.recompute_attention, self.attend, x_BSD, rotary, mask_B1SS)
         h_BSD = self.ffn_norm(x_BSD)
+        length = rotary[0].shape[0]
         if not self.is_moe:
-            return x_BSD + self.ffn(h_BSD), None
-        y_BSD, stats = self.ffn(h_BSD, prior_load_E, noise_seed)
+            partial_BSD = self.ffn(gather_sequences(h_BSD, length, self.tp_group))
+            return x_BSD + sum_to_pieces(partial_BSD, self.tp_group), None
+        y_BSD, stats = self.ffn(h_BSD, length // h_BSD.shape[1], prior_load_E, noise_seed)
         return x_BSD + y_BSD, stats
 
     def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
-        return x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask_B1SS)
+        h_BSD = gather_sequences(self.attention_norm(x_BSD), rotary[0].shape[0], self.tp_group)
+        partial_BSD = self.attention(h_BSD, rotary, mask_B1SS)
+        return x_BSD + sum_to_pieces(partial_BSD, self.tp_group)
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model with this rank's share of the experts.
+    """A decoder-only language model, or this rank's share of one.
 
     Under ``torch.device("meta")`` it is built without memory. Weights are undefined until :meth:`initialize` or a
     checkpoint fills them.
     """
 
     def __init__(self, config: Config, mesh: Mesh | None = None):
-        """`mesh` None: all experts on this rank and no collectives."""
+        """`mesh` None: everything on this rank and no collectives."""
         super().__init__()
         model = config.model
         dtype = getattr(torch, config.train.param_dtype)
         self.config = config
-        self.expert_rank = 0 if mesh is None else mesh.ep_rank
-        self.embedding = nn.Parameter(torch.empty(model.vocab_size, model.dim, dtype=dtype))
+        self.mesh = mesh
+        self.tp_group = _tp_group(mesh)
+        vocabulary = model.vocab_size if mesh is None else model.vocab_size // mesh.tp
+        self.embedding = nn.Parameter(torch.empty(vocabulary, model.dim, dtype=dtype))
         self.blocks = nn.ModuleList(Block(config, layer, mesh, dtype) for layer in range(model.n_layers))
         self.norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.head = None if model.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
         self.moe_layers = [layer for layer in range(model.n_layers) if model.is_moe_layer(layer)]
         self._rotary: tuple[Tensor, Tensor] | None = None
-        self._linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+        self._linear_cross_entropy: Callable[..., Tensor] = linear_cross_entropy
         self._apply_activation_checkpointing(config.train.activation_checkpointing)
 
     @property
@@ -264,12 +320,16 @@ class Decoder(nn.Module):
         """The routers of the MoE layers, in order."""
         return [cast(MoE, self.blocks[layer].ffn).router for layer in self.moe_layers]
 
-    @staticmethod
-    def sharding(name: str, mesh: Mesh) -> Sharding:
+    def sharding(self, name: str, mesh: Mesh) -> Sharding:
         """How the parameter or buffer `name` lies on the ranks."""
         if is_expert_parameter(name):
             return Sharding(mesh.experts, dim=0)
-        return Sharding(mesh.dense, dim=None)
+        if mesh.tp == 1:
+            return Sharding(mesh.dense, dim=None)
+        dims = dict(_SPLIT_DIMS)
+        if self.config.model.qk_norm == "full":
+            dims[r"blocks\.\d+\.attention\.[qk]_norm\.weight"] = 0
+        return Sharding(mesh.dense, next((dim for pattern, dim in dims.items() if re.fullmatch(pattern, name)), None))
 
     def compile_dense_parts(self) -> None:
         """torch.compile attention, dense feed-forward layers, shared experts and loss; routing depends on data and is
@@ -281,7 +341,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fill the weights from a generator for each parameter and expert, so that they do not depend on ep.
+        """Fill the weights from a generator for each parameter and expert, so that they do not depend on tp and ep.
 
         Matrices are normal with `model.init_std`, those that write into the residual stream scaled by 1/√(2·layers)
         (GPT-2); norms are 1, biases 0.
@@ -292,14 +352,19 @@ class Decoder(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0 if "norm" in name else 0.0)
                 continue
-            residual = name.endswith((".wo.weight", ".w_down", ".w_down.weight"))
+            residual = name.endswith((".wo.weight", ".w_down"))
             std = model.init_std * (residual_scale if residual else 1.0)
+            sharding = None if self.mesh is None else self.sharding(name, self.mesh)
             if is_expert_parameter(name):
-                first = self.expert_rank * parameter.shape[0]
+                first = 0 if sharding is None else sharding.index * parameter.shape[0]
                 for local, expert in enumerate(parameter):
                     expert.normal_(0.0, std, generator=_generator(seed, f"{name}.{first + local}", parameter.device))
-            else:
+            elif sharding is None or sharding.shards == 1:
                 parameter.normal_(0.0, std, generator=_generator(seed, name, parameter.device))
+            else:
+                whole = torch.empty(sharding.logical(parameter).shape, dtype=parameter.dtype, device=parameter.device)
+                whole.normal_(0.0, std, generator=_generator(seed, name, parameter.device))
+                parameter.copy_(sharding.part(whole))
         for router in self.routers():
             router.bias.zero_()
 
@@ -314,11 +379,13 @@ class Decoder(nn.Module):
         """Hidden states [B, S, D] after the last norm, and the router statistics of the MoE layers in order.
 
         `tokens_BS` int64; `documents_BS` int: a token attends only to tokens of its own document. `prior_load_LE` and
-        `noise_seed` are described at :meth:`Router.forward`.
+        `noise_seed` are described at :meth:`Router.forward`. The tp ranks of a share of the batch are all given all of
+        its tokens, and each returns hidden states and statistics of its own part of them.
         """
         rotary = self._rotary_tables(tokens_BS.shape[1])
         mask = None if documents_BS is None else document_mask(documents_BS)
-        x_BSD = F.embedding(tokens_BS, self.embedding).to(self.compute_dtype)
+        embedded_BSD = embed(tokens_BS, self.embedding, self.tp_group).to(self.compute_dtype)
+        x_BSD = sum_to_pieces(embedded_BSD, self.tp_group)
         all_stats: list[RouterStats] = []
         for layer, block in enumerate(self.blocks):
             index = len(all_stats)
@@ -331,24 +398,26 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]"""
+        """[V, D]: this rank's words."""
         return self.embedding if self.head is None else self.head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, [..., V] in the dtype of `hidden`."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+        """Scores of all words as the next token, [..., V] in the dtype of `hidden`."""
+        return F.linear(hidden, gather_rows(self.head_weight.to(hidden.dtype), self.tp_group))
 
     def cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, *, chunk_tokens: int = 8192) -> Tensor:
         """Sum of −log p(target) over the targets that are not IGNORED, in nats; 0-D float32 or wider.
 
-        The logits of `chunk_tokens` tokens at a time exist, and are computed again in the backward pass.
+        The logits of `chunk_tokens` tokens at a time exist, and are computed again in the backward pass. `targets_BS`
+        are those of all tokens of this rank's share of the batch; its tp ranks return summands of their sum.
         """
         total = hidden_BSD.new_zeros((), dtype=torch.promote_types(hidden_BSD.dtype, torch.float32))
-        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+        hidden_TD, targets_T = gather_rows(hidden_BSD.flatten(0, 1), self.tp_group), targets_BS.flatten()
         chunks = list(zip(hidden_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True))
         for hidden, targets in chunks:
-            loss = _maybe_checkpoint(len(chunks) > 1, self._linear_cross_entropy, hidden, self.head_weight, targets)
-            total = total + loss
+            total = total + _maybe_checkpoint(
+                len(chunks) > 1, self._linear_cross_entropy, hidden, self.head_weight, targets, self.tp_group
+            )
         return total
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
@@ -373,10 +442,31 @@ def is_expert_parameter(name: str) -> bool:
     return ".ffn.experts." in name
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Sum of −log softmax(W x)[target] over the targets that are not IGNORED; 0-D float32 or wider."""
+# Along which dimension tensor parallelism splits; what is not here is the same on all ranks.
+_SPLIT_DIMS = {
+    r"embedding|head": 0,
+    r"blocks\.\d+\.attention\.w[qkv]\.(weight|bias)": 0,
+    r"blocks\.\d+\.attention\.wo\.weight": 1,
+    r"blocks\.\d+\.ffn\.w_(gate_up|down)": 1,
+}
+
+
+def _tp_group(mesh: Mesh | None) -> dist.ProcessGroup | None:
+    """The ranks over which tensors are split; None where they are whole."""
+    return None if mesh is None or mesh.tp == 1 else mesh.tp_group
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Sum of −log softmax(W x)[target] over the targets that are not IGNORED; 0-D float32 or wider.
+
+    `group`: the ranks over which the vocabulary is split, each of which gets a summand.
+    """
     logits_TV = F.linear(hidden_TD, weight_VD.to(hidden_TD.dtype))
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    if group is not None:
+        return split_cross_entropy(logits_TV, targets_T, group, ignored=IGNORED)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,13 +11,13 @@ from torch import nn
 from moetrain.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with decay by name; its state exists at once, so that a checkpoint can fill it."""
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with decay by name."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         (others if any(word in name for word in config.no_decay) else decayed).append(parameter)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -26,13 +27,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         eps=config.eps,
         fused=True,
     )
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -53,8 +47,3 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     else:
         shape = 1 - progress
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

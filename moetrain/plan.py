@@ -25,13 +25,13 @@ class Plan:
     world_size: int
     parameters: ParameterCount
     rank_parameters: int
-    """Dense parameters, which every rank holds, and 1 / ep of the experts."""
+    """1 / tp of the dense parameters that are split, all the others, and 1 / ep of the experts."""
     weight_bytes: int
     gradient_bytes: int
     moment_bytes: int
     """Adam's two moments."""
     copy_bytes: int
-    """The weights once more in the arithmetic's dtype, where `train.param_dtype` is wider: forward to backward."""
+    """What else there is of weights: see :func:`_state_bytes`."""
     activation_bytes: int
     """An estimate: see :func:`activation_bytes`."""
     flops_per_token: TrainingFlops
@@ -39,6 +39,8 @@ class Plan:
     accumulation_steps: int
     dispatch_bytes: float
     """That all ranks together send to one another in a step: see :func:`dispatch_bytes`."""
+    head_ranks: tuple[tuple[range, range], ...]
+    """(attention heads, ranks that hold them), and with them a part of every dense layer and of the vocabulary."""
     expert_ranks: tuple[tuple[range, range], ...]
     """(experts, ranks that hold them), in logical experts of every MoE layer; empty for a dense model."""
 
@@ -56,30 +58,64 @@ def make_plan(config: Config, world_size: int) -> Plan:
     """Plan a run; raises ConfigError if the config does not fit `world_size`. Uses no GPU and makes no tensor."""
     check_world(config, world_size)
     count = parameters(config)
-    ep = config.parallel.ep
-    rank_parameters = count.dense + count.experts // ep
-    size, compute_size = _BYTES[config.train.param_dtype], _BYTES[compute_dtype(config)]
-    weight_bytes = rank_parameters * size
-    owned = config.model.num_experts // ep
+    tp, ep = config.parallel.tp, config.parallel.ep
+    dp = world_size // tp
+    weight_bytes, gradient_bytes, moment_bytes, copy_bytes = _state_bytes(config, count, world_size)
     return Plan(
         world_size=world_size,
         parameters=count,
-        rank_parameters=rank_parameters,
+        rank_parameters=sum(_held(config, count)),
         weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes,
-        moment_bytes=2 * weight_bytes,
-        copy_bytes=rank_parameters * compute_size if compute_size < size else 0,
-        activation_bytes=activation_bytes(config, world_size // config.parallel.tp),
+        gradient_bytes=gradient_bytes,
+        moment_bytes=moment_bytes,
+        copy_bytes=copy_bytes,
+        activation_bytes=activation_bytes(config, dp),
         flops_per_token=flops_per_token(config),
         tokens_per_step=config.train.tokens_per_step,
-        accumulation_steps=config.accumulation_steps(world_size // config.parallel.tp),
+        accumulation_steps=config.accumulation_steps(dp),
         dispatch_bytes=dispatch_bytes(config),
-        expert_ranks=tuple(
-            (range(place * owned, (place + 1) * owned), range(place, world_size, ep))
-            for place in range(ep)
-            if owned > 0
-        ),
+        head_ranks=_owners(config.model.n_heads, tp, world_size),
+        expert_ranks=_owners(config.model.num_experts, ep, world_size) if config.model.num_experts else (),
     )
+
+
+def _owners(number: int, parts: int, world_size: int) -> tuple[tuple[range, range], ...]:
+    """(what, ranks that hold it) of a `number` of things split over so many consecutive ranks, and again and again."""
+    owned = number // parts
+    return tuple((range(place * owned, (place + 1) * owned), range(place, world_size, parts)) for place in range(parts))
+
+
+def _held(config: Config, count: ParameterCount) -> tuple[int, int]:
+    """Dense parameters with which a rank computes, and those of its experts."""
+    return count.dense - count.split + count.split // config.parallel.tp, count.experts // config.parallel.ep
+
+
+def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients and moments that a rank keeps, and of copies of weights, by engine.
+
+    Shards of dense parameters are 1 / dp, of a rank's experts 1 / edp.
+
+    - torch: all that the rank computes with; the copies are the weights in the arithmetic's dtype, where that is
+      narrower, from forward to backward;
+    - FSDP: shards; the copies are gathered: embedding, norm and head, and in the arithmetic's dtype all layers, or
+      with `reshard_after_forward` two (one computes, the next arrives);
+    - DeepSpeed: all weights in the arithmetic's dtype, and shards of Adam's moments; gradients are shards in stage 2;
+      the copies are shards of float32 weights.
+    """
+    model, parallel = config.model, config.parallel
+    dense, experts = _held(config, count)
+    held = dense + experts
+    shard = -(-dense * parallel.tp // world_size) + -(-count.experts // world_size)
+    size = _BYTES[config.train.param_dtype]
+    narrow = min(size, _BYTES[compute_dtype(config)])
+    if parallel.engine == "deepspeed":
+        return held * narrow, (held if parallel.zero_stage == 1 else shard) * size, 2 * shard * size, shard * size
+    if parallel.fsdp:
+        root = (count.embedding + count.head) // parallel.tp + model.dim
+        layers = min(2, model.n_layers) if parallel.reshard_after_forward else model.n_layers
+        gathered = root * size + layers * (held - root) // model.n_layers * narrow
+        return shard * size, shard * size, 2 * shard * size, gathered
+    return held * size, held * size, 2 * held * size, held * narrow if narrow < size else 0
 
 
 def compute_dtype(config: Config) -> str:
@@ -92,9 +128,10 @@ def compute_dtype(config: Config) -> str:
 
 
 def activation_bytes(config: Config, dp: int = 1) -> int:
-    """Estimated peak of what autograd keeps for one micro-batch on one of `dp` ranks, in bytes, with balanced experts.
+    """Estimated peak of what autograd keeps on a rank for one micro-batch of one of `dp` shares, in bytes, with
+    balanced experts.
 
-    A token keeps, in the arithmetic's dtype unless said otherwise:
+    A token keeps, in the arithmetic's dtype unless said otherwise, and in all on the tp ranks of its share:
 
     - attention: the layer's input and its normalised copy, queries, keys, values and the output of every head; with
       QK-norm also the queries and keys before it;
@@ -104,6 +141,9 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     - head: its input and its normalised copy; the logits, and in float32 their copy and log-probabilities, of at most
       8192 tokens at a time.
 
+    Each of the tp ranks keeps 1 / tp of this, but all of the normalised copies that are gathered, those for attention,
+    dense networks and head, and no log-probabilities.
+
     Activation checkpointing replaces a layer by its input (full), or attention by its input and the experts by
     theirs (selective), which is the normalised copy, or with ep > 1 the rows that arrived, at most min(K, ep) a token.
     The peak is at the loss, with the head's tensors, or later at the recomputation of the largest part.
@@ -111,34 +151,41 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     Not counted: the row in float32 that router.jitter keeps, gradients of activations, buffers of collectives,
     workspaces, fragmentation.
     """
-    model, ep, checkpointing = config.model, config.parallel.ep, config.train.activation_checkpointing
-    tokens = config.micro_batch(dp) * config.data.seq_len
+    model, checkpointing, tp, ep = (
+        config.model,
+        config.train.activation_checkpointing,
+        config.parallel.tp,
+        config.parallel.ep,
+    )
     size = _BYTES[compute_dtype(config)]
     D, K, heads = model.dim, config.router.top_k, (model.n_heads + model.kv_heads) * model.head_width
+    gathered_tokens = config.micro_batch(dp) * config.data.seq_len
+    tokens = gathered_tokens // tp
 
-    attention = (2 * D + (2 if model.qk_norm == "none" else 3) * heads) * size
-    experts = K * (2 * model.expert_dim * size + 12)
-    arriving = min(K, ep) * D * size if ep > 1 else 0
-    shared = (4 * model.shared_dim + (D if model.shared_gate else 0)) * size
-    router = 4 * 3 * model.num_experts
+    row, gathered = D * size * tokens, D * size * gathered_tokens
+    attention = row + gathered + (2 if model.qk_norm == "none" else 3) * heads * size * tokens
+    experts = K * (2 * model.expert_dim * size + 12) * tokens
+    arriving = min(K, ep) * row if ep > 1 else 0
+    shared = (4 * model.shared_dim + (D if model.shared_gate else 0)) * size * tokens
+    router = 4 * 3 * model.num_experts * tokens
     kept, recomputed = 0, 0
     for layer in range(model.n_layers):
         if model.is_moe_layer(layer):
-            replaceable, others = experts, 2 * D * size + router + shared
+            replaceable, others = experts, 2 * row + router + shared
         else:
-            replaceable, others = 0, (2 * D + 4 * model.ffn_dim) * size
+            replaceable, others = 0, row + gathered + 4 * model.ffn_dim * size * tokens
         mode = checkpointing.mode if layer % checkpointing.every == 0 else "none"
         if mode == "full":
-            kept += D * size
+            kept += row
             recomputed = max(recomputed, attention + replaceable + others)
         elif mode == "selective":
-            kept += D * size + others + (arriving if replaceable else 0)
+            kept += row + others + (arriving if replaceable else 0)
             recomputed = max(recomputed, attention, replaceable)
         else:
             kept += attention + replaceable + others
-    logits = model.vocab_size * (8 + (size if size < 4 else 0)) * min(tokens, 8192)
-    head = 2 * D * size * tokens + logits
-    return kept * tokens + max(recomputed * tokens, head)
+    in_float32 = 8 if tp == 1 else 4
+    logits = model.vocab_size // tp * (in_float32 + (size if size < 4 else 0)) * min(gathered_tokens, 8192)
+    return kept + max(recomputed, row + gathered + logits)
 
 
 def dispatch_bytes(config: Config) -> float:
@@ -173,8 +220,10 @@ def plan_command(config: Config, world_size: int) -> int:
     moe_layers = sum(config.model.is_moe_layer(layer) for layer in range(config.model.n_layers))
     checkpointing = train.activation_checkpointing
 
+    zero = parallel.engine == "deepspeed"
+    engine = f", DeepSpeed ZeRO-{parallel.zero_stage}" if zero else ", FSDP" if parallel.fsdp else ""
     table = Table(
-        title=f"{config.run.dir}: {_plural(world_size, 'rank')}, ep = {parallel.ep}",
+        title=f"{config.run.dir}: {_plural(world_size, 'rank')}, tp = {parallel.tp}, ep = {parallel.ep}{engine}",
         title_justify="left",
         show_header=False,
     )
@@ -190,11 +239,9 @@ def plan_command(config: Config, world_size: int) -> int:
             _count(count.experts),
             f"{_plural(moe_layers, 'layer')} of {config.model.num_experts}, {config.router.top_k} a token",
         )
-    table.add_row(
-        "  of a rank",
-        _count(plan.rank_parameters),
-        "everything" if parallel.ep == 1 else f"1/{parallel.ep} of the experts",
-    )
+    parts = [f"1/{parallel.tp} of tp's part"] if parallel.tp > 1 else []
+    parts += [f"1/{parallel.ep} of the experts"] if parallel.ep > 1 else []
+    table.add_row("  of a rank", _count(plan.rank_parameters), ", ".join(parts) or "everything")
     table.add_section()
 
     sequences = _plural(config.micro_batch(world_size // parallel.tp), "sequence")
@@ -202,11 +249,12 @@ def plan_command(config: Config, world_size: int) -> int:
     if checkpointing.mode != "none":
         activations += f", {checkpointing.mode} checkpointing"
     table.add_row("Memory of a rank", _bytes(plan.rank_bytes), "without workspaces and fragmentation")
-    table.add_row("  weights", _bytes(plan.weight_bytes), train.param_dtype)
+    table.add_row("  weights", _bytes(plan.weight_bytes), compute_dtype(config) if zero else train.param_dtype)
     table.add_row("  gradients", _bytes(plan.gradient_bytes), train.param_dtype)
     table.add_row("  Adam's moments", _bytes(plan.moment_bytes), train.param_dtype)
     if plan.copy_bytes:
-        table.add_row("  copies of the weights", _bytes(plan.copy_bytes), compute_dtype(config))
+        name = "shards of float32 weights" if zero else "gathered weights" if parallel.fsdp else "copies of the weights"
+        table.add_row(f"  {name}", _bytes(plan.copy_bytes), train.param_dtype if zero else compute_dtype(config))
     table.add_row("  activations, about", _bytes(plan.activation_bytes), activations)
     table.add_section()
 
@@ -216,19 +264,24 @@ def plan_command(config: Config, world_size: int) -> int:
     table.add_row("Tokens of a step", f"{plan.tokens_per_step:,}", f"{plan.tokens_per_step * train.steps:,} in all")
     table.add_row("Accumulation", f"{plan.accumulation_steps:,}", "micro-batches of a rank in a step")
     if plan.dispatch_bytes:
-        table.add_row(
-            "Dispatch", _bytes(plan.dispatch_bytes / world_size), "sent by a rank in a step, with even routing"
-        )
+        table.add_row("Dispatch", _bytes(plan.dispatch_bytes / world_size), "sent by a rank in a step")
+    if parallel.tp > 1:
+        _add_owners(table, "head", plan.head_ranks)
     if plan.expert_ranks:
-        table.add_section()
-    shown = plan.expert_ranks if len(plan.expert_ranks) <= 8 else plan.expert_ranks[:7]
-    for experts, ranks in shown:
-        name = f"Expert {experts.start}" if len(experts) == 1 else f"Experts {experts.start}–{experts.stop - 1}"
-        table.add_row(name, "", f"on {_ranks(ranks)}")
-    if len(shown) < len(plan.expert_ranks):
-        table.add_row("  …", "", f"and so on: {_plural(len(plan.expert_ranks[0][0]), 'expert')} a rank")
+        _add_owners(table, "expert", plan.expert_ranks)
     Console().print(table)
     return 0
+
+
+def _add_owners(table: Table, noun: str, owners: tuple[tuple[range, range], ...]) -> None:
+    """Which rank holds which."""
+    table.add_section()
+    shown = owners if len(owners) <= 8 else owners[:7]
+    for things, ranks in shown:
+        numbers = f" {things.start}" if len(things) == 1 else f"s {things.start}–{things.stop - 1}"
+        table.add_row(f"{noun.capitalize()}{numbers}", "", f"on {_ranks(ranks)}")
+    if len(shown) < len(owners):
+        table.add_row("  …", "", f"and so on: {_plural(len(owners[0][0]), noun)} a rank")
 
 
 def _count(value: float) -> str:

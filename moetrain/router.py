@@ -59,27 +59,31 @@ class Router(nn.Module):
         config: RouterConfig,
         *,
         balance_group: dist.ProcessGroup | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
         param_dtype: torch.dtype = torch.float32,
         tile: int = TILE,
     ):
-        """`balance_group`: ranks over which `router.balance_scope: global` counts; None: this rank alone. `tile`: rows
-        of a tile of the experts' kernel, to whose multiples `router.rounding` rounds."""
+        """`balance_group`: ranks over which `router.balance_scope: global` counts; None: this rank alone.
+        `sequence_group`: ranks whose tokens, in order, are whole sequences; None: this rank's are. `tile`: rows of a
+        tile of the experts' kernel, to whose multiples `router.rounding` rounds."""
         super().__init__()
         self.num_experts = num_experts
         self.config = config
         self.balance_group = balance_group
+        self.sequence_group = sequence_group
         self.tile = tile
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=param_dtype))
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def forward(
-        self, x_BSD: Tensor, *, prior_load_E: Tensor | None = None, noise_seed: int | None = None
+        self, x_BSD: Tensor, *, pieces: int = 1, prior_load_E: Tensor | None = None, noise_seed: int | None = None
     ) -> tuple[Routing, RouterStats]:
         """Route the B·S tokens.
 
-        `prior_load_E`: this rank's loads of the step's earlier micro-batches, which the global balance loss adds to
-        its own (arXiv 2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the
-        last the whole step. `noise_seed`: of the jitter in training.
+        `pieces`: how many consecutive rows of x, of this rank and those after it, make a sequence. `prior_load_E`: this
+        rank's loads of the step's earlier micro-batches, which the global balance loss adds to its own (arXiv
+        2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the last the whole
+        step. `noise_seed`: of the jitter in training.
         """
         sequences, length, _ = x_BSD.shape
         logits_TE = self._logits(x_BSD.flatten(0, 1), noise_seed)
@@ -103,6 +107,7 @@ class Router(nn.Module):
         balance_loss = self._balance_loss(
             experts_TK.unflatten(0, (sequences, length)),
             probabilities_TE.unflatten(0, (sequences, length)),
+            pieces,
             load_E,
             prior_load_E,
         )
@@ -187,18 +192,25 @@ class Router(nn.Module):
         return choice_TGX.masked_fill(~allowed_TG[..., None], -torch.inf).flatten(-2)
 
     def _balance_loss(
-        self, experts_BSK: Tensor, probabilities_BSE: Tensor, load_E: Tensor, prior_load_E: Tensor | None
+        self,
+        experts_BSK: Tensor,
+        probabilities_BSE: Tensor,
+        pieces: int,
+        load_E: Tensor,
+        prior_load_E: Tensor | None,
     ) -> Tensor:
         """E · Σ_e f_e · P_e (Switch Transformer, arXiv 2101.03961, eq. 4, divided by K so that balance gives 1).
 
         f is the fraction of pairs that chose expert e, P its mean probability, both over the tokens of the scope; the
-        mean of P over ranks and micro-batches comes from the mean of their losses.
+        mean of P over ranks and micro-batches, as over the pieces of a sequence, comes from the mean of their losses.
         """
         if self.config.balance_scope == "sequence":
             chosen = experts_BSK.flatten(1)
             loads_BE = probabilities_BSE.new_zeros(chosen.shape[0], self.num_experts)
             loads_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=loads_BE.dtype))
-            fractions_BE = loads_BE / chosen.shape[1]
+            if self.sequence_group is not None and pieces > 1:
+                loads_BE = _of_whole_sequences(loads_BE, pieces, self.sequence_group)
+            fractions_BE = loads_BE / (pieces * chosen.shape[1])
             return self.num_experts * (fractions_BE * probabilities_BSE.mean(1)).sum(-1).mean()
         load_E = load_E.to(probabilities_BSE.dtype)
         if self.config.balance_scope == "global":
@@ -239,6 +251,14 @@ class Router(nn.Module):
         kept_TE = keep_largest(chosen_TE, preference_TE, capacity)
         bound = min(num_tokens * top_k, capacity * self.num_experts)
         return Routing.from_mask(kept_TE, weights_TE, bound), chosen_TE.sum(0)
+
+
+def _of_whole_sequences(loads_BE: Tensor, pieces: int, group: dist.ProcessGroup) -> Tensor:
+    """For each of this rank's pieces the loads of the sequence that it belongs to, other ranks' pieces included."""
+    of_ranks = [torch.empty_like(loads_BE) for _ in range(group.size())]
+    dist.all_gather(of_ranks, loads_BE, group=group)
+    whole_BE = torch.cat(of_ranks).unflatten(0, (-1, pieces)).sum(1).repeat_interleave(pieces, 0)
+    return whole_BE.chunk(group.size())[group.rank()]
 
 
 def _jitter(x: Tensor, amount: float, seed: int) -> Tensor:

@@ -1,29 +1,21 @@
-"""What a checkpoint holds of a model and its optimiser: logical tensors by name, whatever the topology."""
+"""What a checkpoint holds of a run's model: logical tensors by name, whatever topology and engine."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moetrain.model import Decoder
 from moetrain.parallel import Mesh
+from moetrain.parallel.engines import Engine
 
 
-def logical_tensors(model: Decoder, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+def logical_tensors(model: Decoder, mesh: Mesh, engine: Engine | None = None) -> dict[str, Tensor]:
     """Parameters and buffers as ``model.<name>``, the optimiser's state as ``optim.<key>.<parameter>``.
 
-    The tensors share memory with the model. What is split, and what the optimiser keeps for it, are parts of DTensors
-    of the logical shape.
+    What is split, and what the optimiser keeps for it, are parts of DTensors of the logical shape. Without an engine:
+    parameters and buffers of a model as it was built. The tensors share memory with the model, those of an engine as
+    far as :meth:`Engine.restore` does not say otherwise. Collective.
     """
-
-    def logical(name: str, tensor: Tensor) -> Tensor:
-        return Decoder.sharding(name, mesh).logical(tensor)
-
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        tensors[f"model.{name}"] = logical(name, tensor)
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            for key, tensor in optimizer.state[parameter].items():
-                tensors[f"optim.{key}.{name}"] = logical(name, tensor) if tensor.dim() else tensor
-    return tensors
+    own = model.state_dict() if engine is None else dict(model.named_buffers())
+    tensors = {f"model.{name}": model.sharding(name, mesh).logical(tensor) for name, tensor in own.items()}
+    return tensors if engine is None else tensors | engine.tensors()

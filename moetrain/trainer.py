@@ -30,6 +30,7 @@ from moetrain.data import (
     num_samples,
     open_dataset,
 )
+from moetrain.engine import create_engine
 from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
 from moetrain.files import write_text
@@ -38,17 +39,15 @@ from moetrain.kernels import autotune
 from moetrain.kernels.compilations import Compilations
 from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
 from moetrain.model import Decoder, derive_seed
-from moetrain.optim import build_optimizer, learning_rate, set_learning_rate
+from moetrain.optim import learning_rate
 from moetrain.parallel import (
     Mesh,
     any_rank,
-    clip_gradients,
     environment_world_size,
     first_on_each_node,
-    gradient_norm,
     on_rank_0,
     raise_together,
-    reduce_gradients,
+    watchdog,
 )
 from moetrain.plot import plot_losses
 from moetrain.ranks import joined_mesh
@@ -114,14 +113,13 @@ class Trainer:
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh)
-        self.parameters = {p: Decoder.sharding(name, mesh) for name, p in self.model.named_parameters()}
-        self.optimizer = build_optimizer(self.model, config.optim, mesh.device)
 
         checkpoints = self.folder / "checkpoints"
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
         if source is None:
             self.model.initialize(config.train.seed)
-        else:
+        self.engine = create_engine(config, mesh, self.model)
+        if source is not None:
             self._resume(source)
         self.checkpointer = Checkpointer(
             checkpoints,
@@ -197,10 +195,11 @@ class Trainer:
         sent_before = self.model.dispatch_bytes
         loss, routing = self._accumulate_gradients(batches)
         self.dispatch_bytes = self.model.dispatch_bytes - sent_before
-        reduce_gradients(self.parameters)
-        norm = gradient_norm(self.parameters, self.mesh.device)
         lr = learning_rate(progress.step, config.train.steps, config.optim)
-        finite = self._update(norm, lr, routing)
+        norm = self.engine.step(lr)
+        finite = math.isfinite(norm)
+        if finite:
+            self._update_router_biases(routing)
 
         progress.step += 1
         progress.tokens += config.train.tokens_per_step
@@ -210,7 +209,7 @@ class Trainer:
         if progress.step == 1 or _due(progress.step, config.metrics.every) or progress.step == config.train.steps:
             self._report(loss, norm, lr, routing)
         if not finite:
-            self._check_bad_steps(float(norm))
+            self._check_bad_steps(norm)
 
     def _accumulate_gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, RoutingTotals]:
         """Gradients of this rank's share of the step; its part of the mean loss, and its routing statistics."""
@@ -219,9 +218,10 @@ class Trainer:
         loss = torch.zeros((), dtype=wide, device=self.mesh.device)
         routing = RoutingTotals(len(self.model.moe_layers), config.model.num_experts, self.mesh.device)
         for micro_step in range(self.accumulation):
+            watchdog.moved(f"step {self.progress.step + 1}")
             with self.throughput.data_loading():
                 batch = next(batches).to(self.mesh.device)
-            hidden_BSD, layer_stats = self.model(
+            hidden_BSD, layer_stats = self.engine.forward(
                 batch.tokens_BS,
                 batch.documents_BS,
                 prior_load_LE=routing.load_LE if micro_step else None,
@@ -229,27 +229,17 @@ class Trainer:
             )
             # The mean over all tokens of the global batch, whatever the split; see parallel/gradients.py.
             share = self.model.cross_entropy(hidden_BSD, batch.targets_BS) / config.train.tokens_per_step
-            auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.dp)
-            (share + auxiliary).backward()
+            auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.world_size)
+            self.engine.backward(share + auxiliary)
             loss += share.detach()
             routing.add(layer_stats)
         return loss, routing
 
-    def _update(self, norm: Tensor, lr: float, routing: RoutingTotals) -> bool:
-        """Clip and step unless the gradient is not finite, which all ranks see alike. Waits for the device once."""
-        norm_value = float(norm)
-        finite = math.isfinite(norm_value)
-        if finite:
-            if self.config.optim.clip_norm > 0:
-                clip_gradients(self.model.parameters(), norm_value, self.config.optim.clip_norm)
-            set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
-            if self.config.router.bias_update_rate > 0:
-                load_LE = routing.reduced(self.mesh.world_size).load_LE
-                for router, load_E in zip(self.model.routers(), load_LE, strict=True):
-                    router.update_bias(load_E)
-        self.optimizer.zero_grad()
-        return finite
+    def _update_router_biases(self, routing: RoutingTotals) -> None:
+        if self.config.router.bias_update_rate > 0:
+            load_LE = routing.reduced(self.mesh.world_size).load_LE
+            for router, load_E in zip(self.model.routers(), load_LE, strict=True):
+                router.update_bias(load_E)
 
     def _noise_seed(self, micro_step: int) -> int:
         """Different for each forward pass of each rank, and the same again when the step is repeated."""
@@ -266,12 +256,12 @@ class Trainer:
 
     # Around the steps
 
-    def _report(self, loss: Tensor, norm: Tensor, lr: float, routing: RoutingTotals) -> None:
+    def _report(self, loss: Tensor, norm: float, lr: float, routing: RoutingTotals) -> None:
         if self.mesh.world_size > 1:
             dist.all_reduce(loss)
         values = {
             "loss_metrics/global_avg_loss": float(loss),
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "lr": lr,
             "bad_steps": float(self.progress.bad_steps),
             "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
@@ -317,7 +307,7 @@ class Trainer:
             "config": asdict(self.config),
             "config_hash": config_hash(self.config),
         }
-        self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.mesh, self.optimizer), progress)
+        self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.mesh, self.engine), progress)
         self.checkpoint_stall += self.checkpointer.last_stall_seconds
         self.saved_step = self.progress.step
 
@@ -382,7 +372,9 @@ class Trainer:
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
                 "run.dir"
             )
-        load(source, logical_tensors(self.model, self.mesh, self.optimizer), self.mesh)
+        tensors = logical_tensors(self.model, self.mesh, self.engine)
+        load(source, tensors, self.mesh)
+        self.engine.restore(tensors)
         self.progress = Progress(**{name: saved[name] for name in asdict(self.progress)})
         if source.resolve() == (self.folder / "checkpoints" / checkpoint_name(self.progress.step)).resolve():
             self.saved_step = self.progress.step
@@ -404,7 +396,8 @@ class Trainer:
         self._message(self.dataset.describe())
         self._message(
             f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active; {mesh.world_size} × "
-            f"{mesh.device.type}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: {experts}"
+            f"{mesh.device.type}, tp = {mesh.tp}, ep = {mesh.ep}, {self.accumulation} micro-batches a step, experts: "
+            f"{experts}"
         )
         self._message(self.throughput.peak_description)
         if self.model.moe_layers and (warning := _rounding_warning(config, mesh.dp, self.model.routers()[0].tile)):
@@ -478,17 +471,18 @@ def _auxiliary_loss(layers: list[RouterStats], config: Config) -> Tensor | float
 
 def _rounding_warning(config: Config, dp: int, tile: int) -> str | None:
     """What to do where token rounding moves much of an expert's load: with fewer than two tiles of tokens an expert."""
-    seq_len, experts, top_k = config.data.seq_len, config.model.num_experts, config.router.top_k
+    seq_len, experts = config.data.seq_len, config.model.num_experts
     micro_batch = config.micro_batch(dp)
-    if config.router.rounding == "none" or micro_batch * seq_len * top_k >= 2 * tile * experts:
+    pairs = seq_len // config.parallel.tp * config.router.top_k  # of a sequence, on one rank
+    if config.router.rounding == "none" or micro_batch * pairs >= 2 * tile * experts:
         return None
-    needed = -(-2 * tile * experts // (seq_len * top_k))
+    needed = -(-2 * tile * experts // pairs)
     share = config.train.tokens_per_step // (seq_len * dp)
     needed = next((size for size in range(needed, share + 1) if share % size == 0), needed)
     larger_step = f" with train.tokens_per_step = {needed * seq_len * dp}" if needed > share else ""
     return (
         f"warning: router.rounding = {config.router.rounding} with train.micro_batch = {micro_batch}: an expert gets "
-        f"{micro_batch * seq_len * top_k / experts:,.0f} tokens on average, fewer than two tiles of {tile}, so that "
+        f"{micro_batch * pairs / experts:,.0f} tokens on average, fewer than two tiles of {tile}, so that "
         f"rounding changes much of the routing; use train.micro_batch = {needed} or more{larger_step}, or "
         "router.rounding = none"
     )

@@ -21,7 +21,8 @@ BUCKET_BYTES = 64 * 2**20
 def reduce_gradients(parameters: Mapping[nn.Parameter, Sharding]) -> None:
     """Sum gradients over the ranks that hold the same parameters, in place; a missing gradient counts as zero."""
     for sharding, members in _groups(parameters):
-        _all_reduce(_gradients(members), sharding.replica_group, sharding.replicas)
+        if sharding.replica_group is not None:
+            _all_reduce(_gradients(members), sharding.replica_group)
 
 
 def gradient_norm(parameters: Mapping[nn.Parameter, Sharding], device: torch.device) -> Tensor:
@@ -51,9 +52,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, max_norm: fl
 
 def _groups(parameters: Mapping[nn.Parameter, Sharding]) -> list[tuple[Sharding, list[nn.Parameter]]]:
     """Parameters that are split and replicated over the same ranks, whatever the dimension."""
-    groups: dict[tuple[DeviceMesh, bool], tuple[Sharding, list[nn.Parameter]]] = {}
+    groups: dict[tuple[DeviceMesh, bool, bool], tuple[Sharding, list[nn.Parameter]]] = {}
     for parameter, sharding in parameters.items():
-        key = sharding.mesh, sharding.dim is None
+        key = sharding.mesh, sharding.dim is None, sharding.fsdp_dim is None
         groups.setdefault(key, (sharding, []))[1].append(parameter)
     return list(groups.values())
 
@@ -74,10 +75,8 @@ def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).square().sum()
 
 
-def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup, size: int) -> None:
+def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sum each gradient over the group, many small ones in one collective."""
-    if size == 1:
-        return
     bucket: list[Tensor] = []
     filled = 0
     for gradient in gradients:

@@ -7,7 +7,11 @@ experts reduce expert gradients among themselves. With ep = 2 and four ranks::
     ep groups     [0  1][2  3]     tokens travel here
     edp groups    [0, 2] [1, 3]    expert gradients are summed here
 
-Dense parameters lie the same way on ``tp`` consecutive ranks and the ``dp = world / tp`` that hold the same parts.
+Dense parameters lie the same way on ``tp`` consecutive ranks, which work on one share of the batch, and the
+``dp = world / tp`` that hold the same parts. An ep group may span several tp groups. With tp = 2::
+
+    tp groups     [0  1][2  3]     one share of the batch each; tokens are gathered and scattered here
+    dp groups     [0, 2] [1, 3]    gradients of split parameters are summed here
 """
 
 from __future__ import annotations
@@ -82,9 +86,12 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minutes: float = 10.0) -> Mesh:
+def create_mesh(
+    *, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minutes: float = 10.0, store: dist.Store | None = None
+) -> Mesh:
     """Join the process group that the launcher describes in the environment (a group of one without a launcher).
 
+    `store`: common to the ranks, if they have met already (:func:`moetrain.parallel.environment.meet`).
     `device`: "auto" takes GPU `LOCAL_RANK` where CUDA is available and the CPU elsewhere. A thread of a
     :class:`moetrain.parallel.mock.MockWorld` belongs to its group already, and takes its device. Raises ValueError if
     tp or ep does not divide the world size, or if a GPU is asked for and there is none for this rank.
@@ -110,10 +117,12 @@ def create_mesh(*, tp: int = 1, ep: int = 1, device: str = "auto", timeout_minut
         target = torch.device("cpu")
 
     timeout = timedelta(minutes=timeout_minutes)
+    if store is None and not {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys():
+        store = dist.HashStore()
     if not mocked:
         dist.init_process_group(
             "nccl" if target.type == "cuda" else "gloo",
-            store=None if {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys() else dist.HashStore(),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed import ReduceOp, distributed_c10d
 
 _this = threading.local()
@@ -95,7 +96,8 @@ class MockWorld:
     timeout : seconds that a rank waits in a collective for the others, and may go on for after another one failed
 
     The ranks share what belongs to a process: torch's default generators (give one of your own to random functions),
-    environment variables, signals. Threads that a rank starts belong to it.
+    environment variables, signals, and what torch.compile has made, in which a rank's place may be a constant. Threads
+    that a rank starts belong to it.
     """
 
     def __init__(self, size: int, device: str = "cpu", timeout: float = 60.0) -> None:
@@ -478,3 +480,7 @@ def _install() -> None:
     """Make torch.distributed tell ranks apart, and know the backend. Other threads go on as before."""
     distributed_c10d._world = _GroupsOfThread(distributed_c10d._world)
     dist.Backend.register_backend("mock", _create_group, devices=["cpu", "cuda"])
+    # DTensor uses this mode, which at its first use replaces the process's CUDA guard where torch was built for a GPU
+    # and finds none: threads that are computing would crash.
+    with FakeTensorMode():
+        pass

@@ -139,6 +139,6 @@ def take(left: dict[str, Tensor], name: str) -> Tensor:
     if part == "ffn.shared.gate.weight":
         return left.pop(mlp + "shared_expert_gate.weight")
     dense = mlp + "shared_expert." if "shared" in part else mlp
-    if part.endswith("w_gate_up.weight"):
-        return torch.cat([left.pop(dense + "gate_proj.weight"), left.pop(dense + "up_proj.weight")])
+    if part.endswith("w_gate_up"):
+        return torch.stack([left.pop(dense + "gate_proj.weight"), left.pop(dense + "up_proj.weight")])
     return left.pop(dense + "down_proj.weight")

@@ -13,7 +13,14 @@ from moetrain.cli import main
 from moetrain.config import load_config, packaged_configs
 from moetrain.errors import CheckpointError, DataError
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_ERROR_FILE")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCHELASTIC_MAX_RESTARTS",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +45,19 @@ def calls(monkeypatch):
     stand_in("moetrain.evaluate", "evaluate_command")
     stand_in("moetrain.plan", "plan_command")
     for launcher in ("torchrun", "deepspeed"):
-        monkeypatch.setattr(f"moetrain.launch.{launcher}.run", lambda *a, who=launcher: calls.append((who, *a)) or 0)
+        monkeypatch.setattr(
+            f"moetrain.launch.{launcher}.run",
+            lambda *a, who=launcher, **options: calls.append((who, *a, *_given(options))) or 0,
+        )
     return calls
+
+
+def _given(options):
+    """[options] without those that say: this machine, once."""
+    options = {
+        name: value for name, value in options.items() if value not in (None, 0, ()) and (name, value) != ("nodes", 1)
+    }
+    return [options] if options else []
 
 
 def fail_with(monkeypatch, error):
@@ -52,12 +70,16 @@ def fail_with(monkeypatch, error):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["train", "evaluate", "data", "config", "plan", "examples:"]),
+        ([], ["train", "evaluate", "data", "checkpoint", "config", "plan", "examples:"]),
         (["train"], ["CONFIG", "key=value", "--nproc", "--launcher", "default", "examples:"]),
         (["evaluate"], ["RUN_OR_CHECKPOINT", "--json", "--nproc", "examples:"]),
         (["data"], ["build", "info", "examples:"]),
         (["data", "build"], ["--out", "--tokenizer", "default", "examples:"]),
         (["data", "info"], ["--verify", "examples:"]),
+        (["checkpoint"], ["info", "verify", "convert", "examples:"]),
+        (["checkpoint", "info"], ["PATH", "examples:"]),
+        (["checkpoint", "verify"], ["PATH", "exit code 1", "examples:"]),
+        (["checkpoint", "convert"], ["--out", "--weights-only", "--dtype", "examples:"]),
         (["config"], ["CONFIG", "list", "examples:"]),
         (["plan"], ["--world-size", "default", "examples:"]),
     ],
@@ -136,6 +158,86 @@ def test_nproc_auto_is_one_process_a_gpu(calls, monkeypatch):
     assert main(["train", "tiny", "--nproc", "auto", "run.device=cpu"]) == 0
     assert [call[0] for call in calls] == ["torchrun", "train"]
     assert calls[0][-1] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "node1:29500"],
+            ("torchrun", 4, {"nodes": 2, "endpoint": "node1:29500", "run_id": "moetrain"}),
+        ),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "[::1]:1", "--rdzv-id", "a", "--nproc", "1", "--max-restarts", "3"],
+            ("torchrun", 1, {"nodes": 2, "endpoint": "[::1]:1", "run_id": "a", "max_restarts": 3}),
+        ),
+        (["--max-restarts", "1", "--nproc", "1"], ("torchrun", 1, {"max_restarts": 1})),
+        (["--hostfile", "HOSTS"], ("deepspeed", 8, {"hosts": (("node1", 8), ("node2", 4))})),
+        (["--hostfile", "HOSTS", "--nproc", "2"], ("deepspeed", 2, {"hosts": (("node1", 2), ("node2", 2))})),
+    ],
+)
+def test_several_nodes_and_restarts(options, expected, calls, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    (tmp_path / "hosts").write_text("# two\nnode1 slots=8\n\nnode2   slots=4 # half a machine\n")
+    options = [str(tmp_path / "hosts") if option == "HOSTS" else option for option in options]
+    launcher, nproc, given = expected
+    assert main(["train", "tiny", "train.tokens_per_step=24576", "train.micro_batch=4", *options]) == 0
+    assert calls == [(launcher, ["train", "tiny", "train.tokens_per_step=24576", "train.micro_batch=4"], nproc, given)]
+
+
+def test_the_world_of_all_nodes_is_checked(calls, capsys, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
+    for options in (
+        ["--nnodes", "3", "--nproc", "1", "--rdzv-endpoint", "a:1"],
+        ["--hostfile", str(tmp_path / "hosts")],
+    ):
+        assert main(["train", "tiny", "parallel.ep=2", *options]) == 2
+        assert "world size of 3" in capsys.readouterr().err
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nnodes", "2"], "--nnodes, --rdzv-endpoint: several nodes need both"),
+        (["--rdzv-endpoint", "a:1"], "--nnodes, --rdzv-endpoint: several nodes need both"),
+        (["--nnodes", "2", "--rdzv-endpoint", "a"], "--rdzv-endpoint a: expected HOST:PORT"),
+        (["--nnodes", "2", "--rdzv-endpoint", "a:70000"], "--rdzv-endpoint a:70000: expected HOST:PORT"),
+        (["--nnodes", "0"], "expected a positive number"),
+        (["--rdzv-id", "x"], "--rdzv-id: only several nodes"),
+        (["--nnodes", "2", "--rdzv-endpoint", "a:1", "--launcher", "deepspeed"], "--nnodes: needs --launcher torchrun"),
+        (["--max-restarts", "1", "--launcher", "none"], "--max-restarts: needs --launcher torchrun, got none"),
+        (["--hostfile", "F", "--max-restarts", "1"], "--max-restarts: needs --launcher torchrun, got deepspeed"),
+        (["--hostfile", "F", "--launcher", "torchrun"], "--hostfile: needs --launcher deepspeed"),
+        (["--hostfile", "nowhere"], "--hostfile nowhere: No such file"),
+        (["--hostfile", "F"], "F, line 2: 'b': expected 'HOST slots=N'"),
+        (
+            ["--max-restarts", "1", "checkpoint.resume=never"],
+            "checkpoint.resume = never with --max-restarts 1: a restart",
+        ),
+        (
+            ["--max-restarts", "1", "checkpoint.resume=runs/x"],
+            "= runs/x with --max-restarts 1: every restart would beg",
+        ),
+    ],
+)
+def test_launches_that_contradict_themselves(options, message, calls, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "F").write_text("a slots=2\nb\n")
+    assert main(["train", "tiny", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest's stderr is no file
+def test_a_launcher_that_restarts_is_held_to_the_same_rule(calls, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "tiny", "checkpoint.resume=never"]) == 2
+    assert "checkpoint.resume = never with --max-restarts 3" in capsys.readouterr().err
+    assert main(["train", "tiny"]) == 0
 
 
 @pytest.mark.parametrize(

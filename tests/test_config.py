@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moetrain.cli import main
-from moetrain.config import Config, check, check_world, load_config, packaged_configs, to_yaml
+from moetrain.config import Config, check, check_world, from_dict, load_config, packaged_configs, to_yaml
 from moetrain.errors import ConfigError
 
 BAD_OVERRIDES = [
@@ -56,6 +56,23 @@ BAD_OVERRIDES = [
     (["router.jitter=1"], "router.jitter"),
     (["router.score=softmax_after_topk", "router.bias_update_rate=0.001"], "router.bias_update_rate"),
     (["model.n_heads=5"], "model.n_heads"),
+    (["parallel.engine=fsdp"], "parallel.engine"),
+    (["parallel.deepspeed.zero_optimization.overlap_comm=true"], "needs parallel.engine = deepspeed"),
+    *(
+        (["parallel.engine=deepspeed", *overrides], named)
+        for overrides, named in (
+            (["parallel.fsdp=true"], "parallel.fsdp = True: needs parallel.engine = torch"),
+            (["parallel.zero_stage=0"], "parallel.zero_stage = 0: DeepSpeed without ZeRO takes wrong gradient norms"),
+            (["parallel.zero_stage=3"], "parallel.zero_stage = 3: DeepSpeed refuses stage 3 with experts"),
+            (["parallel.zero_stage=4"], "parallel.zero_stage = 4: must be 1 or 2"),
+            (["parallel.zero_stage=1", "train.dtype=bfloat16"], "parallel.zero_stage = 1: DeepSpeed's stage 1 in"),
+            (["train.param_dtype=bfloat16"], "train.param_dtype = bfloat16: DeepSpeed keeps weights"),
+            (["train.param_dtype=float64"], "train.param_dtype = float64"),
+            (["parallel.deepspeed.gradient_clipping=1"], "gradient_clipping = 1: follows from optim.clip_norm"),
+            (["parallel.deepspeed.zero_optimization.stage=2"], "zero_optimization.stage = 2: follows from parallel.z"),
+            (["parallel.deepspeed.bf16.enabled=true"], "parallel.deepspeed.bf16 = {'enabled': True}: follows from"),
+        )
+    ),
     (["model.n_kv_heads=3"], "model.n_kv_heads"),
     (["model.head_dim=31"], "model.head_dim"),
     (["model.num_experts=-8"], "model.num_experts"),
@@ -302,3 +319,28 @@ def test_world_rules():
         check_world(config, 4)
     with pytest.raises(ConfigError, match=r"parallel\.ep = 2: must divide the world size of 1"):
         check_world(load_config("tiny", ["parallel.ep=2"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.n_kv_heads=2", "parallel.tp=4"],
+            "parallel.tp = 4: must divide model.n_kv_heads = 2; here it can be 1, 2",
+        ),
+        (["parallel.tp=3"], "parallel.tp = 3: must divide model.n_heads = 4; here it can be 1, 2, 4"),
+        (["model.ffn_dim=1022", "model.first_dense_layers=1", "parallel.tp=4"], "must divide model.ffn_dim = 1022"),
+        (["model.n_heads=8", "data.seq_len=12", "train.tokens_per_step=12", "parallel.tp=8"], "data.seq_len = 12"),
+        (
+            ["model.vocab_size=321", "parallel.tp=2"],
+            "model.vocab_size = 321: must be a multiple of parallel.tp = 2: 322 is",
+        ),
+    ],
+)
+def test_what_tensor_parallel_ranks_cannot_split(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        from_dict({}, overrides)
+
+
+def test_the_width_of_dense_layers_that_are_not_there_may_be_odd():
+    from_dict({"model": {"ffn_dim": 1023}}, ["parallel.tp=4"])

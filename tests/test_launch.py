@@ -10,6 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import wait_until
+from ranks import free_port
+
+from moetrain.launch import torchrun
 
 WORKER = '''
 """worker.py MODE FOLDER: each rank leaves its process id in FOLDER and then does as MODE says."""
@@ -72,18 +76,37 @@ if mode == "error":
 main()
 '''
 
-LAUNCH = "import sys; from moetrain.launch import {0}; sys.exit({0}.run(sys.argv[1:], 2, module='worker'))"
+LAUNCH = """
+import sys
+from moetrain.launch import {0}
+sys.exit({0}.run(sys.argv[1:], {1}, module='worker'))
+"""
+
+PDSH = """#!/usr/bin/env bash
+# pdsh -S -f N -w HOST,HOST COMMAND…, where every host is this machine.
+IFS=, read -ra hosts <<<"$5"
+shift 5
+for node in "${!hosts[@]}"; do
+    bash -c "${*//%n/$node}" &
+    tasks+=($!)
+done
+code=0
+for task in "${tasks[@]}"; do
+    wait "$task" || code=$?
+done
+exit "$code"
+"""
 
 
 class Launch:
     """A launcher process with two workers."""
 
-    def __init__(self, folder: Path, mode: str, launcher: str = "torchrun") -> None:
+    def __init__(self, folder: Path, mode: str, launcher: str = "torchrun", options: str = "2") -> None:
         (folder / "worker.py").write_text(WORKER)
         self.folder = folder
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH.format(launcher), mode, str(folder)],
+            [sys.executable, "-c", LAUNCH.format(launcher, options), mode, str(folder)],
             env=environment | {"PYTHONPATH": str(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -102,13 +125,6 @@ class Launch:
         return self.process.returncode, out, err
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)
-
-
 def is_running(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -120,8 +136,8 @@ def is_running(pid: int) -> bool:
 def launch(tmp_path):
     launches = []
 
-    def start(mode: str, launcher: str = "torchrun") -> Launch:
-        launches.append(Launch(tmp_path, mode, launcher))
+    def start(mode: str, launcher: str = "torchrun", options: str = "2") -> Launch:
+        launches.append(Launch(tmp_path, mode, launcher, options))
         return launches[-1]
 
     yield start
@@ -191,3 +207,28 @@ def test_workers_die_with_a_killed_launcher(launch):
 def test_deepspeed_returns_the_workers_exit_code(launch):
     code, _, err = launch("killed", "deepspeed").end()
     assert code == 137, err
+
+
+def test_deepspeed_on_two_hosts(launch, tmp_path, monkeypatch):
+    for name, text in {"pdsh": PDSH, "ssh": "#!/bin/sh\necho 127.0.0.1\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    launched = launch("reduce", "deepspeed", "1, hosts=(('here', 1), ('there', 1))")
+    for pid in launched.workers():
+        os.kill(pid, signal.SIGTERM)
+    code, out, err = launched.end()
+    assert (code, err) == (0, "")
+    assert [line[:18] for line in sorted(out.splitlines()) if line.startswith("rank")] == [
+        "rank 0 of 2: 3.0 " + str(len(os.sched_getaffinity(0))),
+        "rank 1 of 2: 3.0 " + str(len(os.sched_getaffinity(0))),
+    ]
+
+
+def test_nodes_that_do_not_meet(monkeypatch, capsys):
+    monkeypatch.setattr(torchrun, "JOIN_SECONDS", 1)
+    endpoint = f"127.0.0.1:{free_port()}"
+    assert torchrun.run([], 1, nodes=2, endpoint=endpoint, run_id="test") == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"moetrain: rendezvous at {endpoint}: 2 nodes have not met (RendezvousTimeoutError")
+    assert line.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import operator
 import threading
 import time
@@ -17,10 +18,13 @@ import torch.distributed as dist
 from test_dispatch import compare_with_one_rank
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.config import Config, from_dict
 from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
 from moetrain.parallel.mock import CollectiveError, MockWorld, RankError
+from moetrain.state import logical_tensors
 from moetrain.trainer import Trainer
 
 
@@ -284,17 +288,17 @@ def config_of(folder: Path, data: Path, *overrides: str) -> Config:
 
 
 def train(config: Config) -> Numbers:
-    """Loss and gradient norm of each step; weights, Adam's moments and router biases at the end, of this rank."""
+    """Loss and gradient norm of each step; weights, Adam's state and router biases at the end, whole, as seen here."""
     mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
     trainer = Trainer(config, mesh)
     seen: list[tuple[float, float]] = []
     bytes_sent: list[int] = []
     logged = trainer._report
 
-    def report(loss: Tensor, norm: Tensor, *others: Any) -> None:
+    def report(loss: Tensor, norm: float, *others: Any) -> None:
         whole = loss.clone()
         dist.all_reduce(whole)
-        seen.append((float(whole), float(norm)))
+        seen.append((float(whole), norm))
         bytes_sent.append(trainer.dispatch_bytes)
         logged(loss, norm, *others)
 
@@ -310,12 +314,47 @@ def train(config: Config) -> Numbers:
         if trainer.logger is not None:
             trainer.logger.close()
     check_bytes(bytes_sent, trainer)
-    state = dict(trainer.model.state_dict())
-    for name, parameter in trainer.model.named_parameters():
-        state[f"{name} exp_avg"] = trainer.optimizer.state[parameter]["exp_avg"]
-        state[f"{name} exp_avg_sq"] = trainer.optimizer.state[parameter]["exp_avg_sq"]
+    state = whole_tensors(logical_tensors(trainer.model, mesh, trainer.engine))
     destroy_mesh()
     return seen, state
+
+
+def train_and_compare(ranks: int, config: Config, expected: Numbers) -> None:
+    """Every rank has the numbers of one rank."""
+    compare(MockWorld(ranks).run(train, config), expected)
+
+
+def compare(ranks: list[Numbers], expected: Numbers) -> None:
+    for rank, (seen, state) in enumerate(ranks):
+        assert seen == [pytest.approx(step, rel=1e-10) for step in expected[0]]
+        assert state.keys() == expected[1].keys()
+        for name, tensor in state.items():
+            reference = expected[1][name]
+            assert tensor.shape == reference.shape
+            assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
+
+
+def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logical tensors put together from the ranks' parts, with this rank's own where others hold the same."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {name: placed(tensor) for name, tensor in tensors.items()})
+    whole = {}
+    for name, tensor in tensors.items():
+        whole[name] = torch.full(tensor.shape, math.nan, dtype=tensor.dtype)
+        for part in (*parts, parts[dist.get_rank()]):
+            place, values = part[name]
+            whole[name][place] = values
+    return whole
+
+
+def placed(tensor: Tensor) -> tuple[tuple[slice, ...], Tensor]:
+    """Where in the logical tensor this rank's part lies, as a checkpoint sees it, and the part."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape), tensor
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local()
+    assert local.shape == shape
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)), local
 
 
 def check_bytes(bytes_sent: list[int], trainer: Trainer) -> None:
@@ -344,25 +383,41 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dic
     }
 
 
+REPLICATED = [
+    (1, 1, 8, "none"),
+    (1, 1, 8, "full"),
+    (2, 1, 16, "none"),
+    (2, 2, 16, "none"),
+    (2, 2, 4, "selective"),
+    (4, 1, 8, "none"),
+    (4, 2, 8, "full"),
+    (4, 4, 8, "none"),
+    (4, 4, 2, "none"),
+    (8, 2, 4, "none"),
+    (8, 4, 4, "selective"),
+    (8, 8, 4, "none"),
+    (8, 8, 2, "full"),
+]
+FSDP = [
+    (1, 1, 8, "none"),
+    (2, 1, 4, "full"),
+    (2, 2, 4, "selective"),
+    (4, 1, 8, "selective"),
+    (4, 2, 8, "full"),
+    (4, 4, 2, "none"),
+    (8, 2, 4, "none"),
+    (8, 4, 4, "full"),
+    (8, 8, 2, "full"),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "ep", "micro_batch", "recompute"),
-    [
-        (1, 1, 8, "none"),
-        (1, 1, 8, "full"),
-        (2, 1, 16, "none"),
-        (2, 2, 16, "none"),
-        (2, 2, 4, "selective"),
-        (4, 1, 8, "none"),
-        (4, 2, 8, "full"),
-        (4, 4, 8, "none"),
-        (4, 4, 2, "none"),
-        (8, 2, 4, "none"),
-        (8, 4, 4, "selective"),
-        (8, 8, 4, "none"),
-        (8, 8, 2, "full"),
-    ],
+    ("ranks", "ep", "micro_batch", "recompute", "engine"),
+    [(*row, "parallel.fsdp=false") for row in REPLICATED]
+    + [(*row, "parallel.fsdp=true") for row in FSDP]
+    + [(4, 2, 4, "full", "parallel.fsdp=true parallel.reshard_after_forward=false")],
 )
-def test_training_does_not_depend_on_the_topology(
+def test_training_does_not_depend_on_topology_or_engine(
     tmp_path: Path,
     data_folder: Path,
     one_rank: dict[str, Numbers],
@@ -370,6 +425,7 @@ def test_training_does_not_depend_on_the_topology(
     ep: int,
     micro_batch: int,
     recompute: str,
+    engine: str,
 ) -> None:
     """In float64, so that neither a wrong scale nor a lost token can hide behind rounding."""
     # Over micro-batches that come one after the other, the global balance loss sees those so far: another loss.
@@ -381,12 +437,6 @@ def test_training_does_not_depend_on_the_topology(
         f"train.micro_batch={micro_batch}",
         f"train.activation_checkpointing.mode={recompute}",
         f"router.balance_scope={scope}",
+        *engine.split(),
     )
-    numbers, expected = one_rank[scope]
-    for rank, (seen, state) in enumerate(MockWorld(ranks).run(train, config)):
-        for there, here in zip(seen, numbers, strict=True):
-            assert there == pytest.approx(here, rel=1e-10)
-        for name, tensor in state.items():
-            reference = expected[name].chunk(ep)[rank % ep] if ".ffn.experts." in name else expected[name]
-            assert tensor.shape == reference.shape
-            assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
+    train_and_compare(ranks, config, one_rank[scope])

@@ -34,7 +34,7 @@ def test_wsd_is_stable_and_then_decays() -> None:
 def test_norms_biases_and_routers_do_not_decay() -> None:
     model = Decoder(from_dict({"model": {"dim": 32, "n_layers": 1, "qk_norm": "head", "qkv_bias": True}}))
     model.initialize(0)
-    optimizer = build_optimizer(model, OptimConfig(), torch.device("cpu"))
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig())
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, others = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

@@ -20,6 +20,9 @@ from moetrain.config import (
 )
 from moetrain.errors import ConfigError
 from moetrain.flops import flops_per_token, parameters, peak_tflops
+from moetrain.model import Decoder
+from moetrain.parallel import Mesh, create_mesh
+from moetrain.parallel.mock import MockWorld
 from moetrain.plan import activation_bytes, make_plan, plan_command
 
 OLMOE = Config(
@@ -108,21 +111,31 @@ def with_model(config: Config, **changes: Any) -> Config:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_count_is_that_of_the_model(shape: str) -> None:
-    model_module = pytest.importorskip("moetrain.model")
     config = with_model(TINY, **SHAPES[shape])
     with torch.device("meta"):
-        model = model_module.Decoder(config)
+        model = Decoder(config)
     assert parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_of_a_rank_are_those_of_its_model(shape: str) -> None:
+    parallel = ParallelConfig(tp=2, ep=4 if SHAPES[shape].get("num_experts", 8) else 1)
+    config = replace(with_model(TINY, **{**SHAPES[shape], "n_kv_heads": 2}), parallel=parallel)
+
+    def count() -> int:
+        mesh = create_mesh(tp=parallel.tp, ep=parallel.ep, device="cpu")
+        return sum(parameter.numel() for parameter in Decoder(config, mesh).parameters())
+
+    assert MockWorld(4).run(count) == [make_plan(config, 4).rank_parameters] * 4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matmul_flops_are_those_of_the_model(shape: str) -> None:
     """torch counts the products of a forward and backward pass; sequences of one token have no masked half."""
-    model_module = pytest.importorskip("moetrain.model")
     from torch.utils.flop_counter import FlopCounterMode
 
     config = with_model(TINY, **SHAPES[shape])
-    model = model_module.Decoder(config)
+    model = Decoder(config)
     model.initialize(0)
     tokens = torch.randint(config.model.vocab_size, (1, config.data.seq_len))
     with FlopCounterMode(display=False) as counter:
@@ -202,11 +215,28 @@ def test_low_precision_weights_are_half_and_need_no_copy() -> None:
     assert plan.copy_bytes == 0
 
 
-def kept_bytes(config: Config) -> int:
-    """Bytes of the distinct storages that autograd keeps for one micro-batch, weights excluded."""
-    from moetrain.model import Decoder
+def test_memory_of_a_rank_by_engine() -> None:
+    """Eight ranks, ep = 2, so four copies of the experts; dense parameters on all."""
+    count = parameters(TINY)
+    held, shard = count.dense + count.experts // 2, count.dense // 8 + count.experts // 8
 
-    model = Decoder(config)
+    def plan(dtype: str = "float32", **parallel: Any) -> tuple[int, ...]:
+        train = replace(TINY.train, dtype=dtype)  # type: ignore[arg-type]
+        made = make_plan(replace(TINY, train=train, parallel=ParallelConfig(ep=2, **parallel)), 8)
+        assert made.rank_parameters == held
+        return made.weight_bytes, made.gradient_bytes, made.moment_bytes, made.copy_bytes
+
+    layer, root = (held - 2 * 96 * 64 - 64) // 2, 2 * 96 * 64 + 64
+    assert plan() == (4 * held, 4 * held, 8 * held, 0)
+    assert plan(fsdp=True) == (4 * shard, 4 * shard, 8 * shard, 4 * (root + 2 * layer))
+    assert plan("bfloat16", fsdp=True, reshard_after_forward=False)[3] == 4 * root + 2 * 2 * layer
+    assert plan(engine="deepspeed", zero_stage=1) == (4 * held, 4 * held, 8 * shard, 4 * shard)
+    assert plan("bfloat16", engine="deepspeed") == (2 * held, 4 * shard, 8 * shard, 4 * shard)
+
+
+def kept_bytes(config: Config, mesh: Mesh | None = None) -> int:
+    """Bytes of the distinct storages that autograd keeps for one micro-batch, weights excluded."""
+    model = Decoder(config, mesh)
     model.initialize(0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -239,7 +269,6 @@ def kept_bytes(config: Config) -> int:
 )
 def test_activations_grow_as_autograd_keeps_them(change: dict[str, Any]) -> None:
     """The estimate counts the fused norms of a GPU; on a CPU each norm keeps one row more, which is added here."""
-    pytest.importorskip("moetrain.model")
     base = with_model(TINY, first_dense_layers=change.get("first_dense_layers", 0), head_dim=16)
     grown = with_model(base, **change)
 
@@ -248,6 +277,22 @@ def test_activations_grow_as_autograd_keeps_them(change: dict[str, Any]) -> None
         return activation_bytes(config) + norms * config.model.dim * 4 * config.data.seq_len
 
     measured = kept_bytes(grown) - kept_bytes(base)
+    assert estimate(grown) - estimate(base) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("change", [{"expert_dim": 96}, {"ffn_dim": 160}, {"n_layers": 4}, {"vocab_size": 192}])
+def test_activations_of_a_tensor_parallel_rank(change: dict[str, Any]) -> None:
+    def estimate(config: Config) -> int:
+        # As above. What is gathered is kept once, and beside it the two copies that a norm on a CPU makes of a shard.
+        norms = 2 * config.model.n_layers + 1
+        return activation_bytes(config) + norms * config.model.dim * 4 * config.data.seq_len // 2
+
+    def measure(config: Config) -> int:
+        return kept_bytes(config, create_mesh(tp=2, device="cpu"))
+
+    base = replace(with_model(TINY, first_dense_layers=1, head_dim=16), parallel=ParallelConfig(tp=2))
+    grown = with_model(base, **change)
+    measured = MockWorld(2).run(measure, grown)[0] - MockWorld(2).run(measure, base)[0]
     assert estimate(grown) - estimate(base) == pytest.approx(measured, rel=0.05)
 
 
@@ -289,8 +334,15 @@ def test_world_that_does_not_fit() -> None:
             ["1/64 of the experts", "Expert 6 ", "ranks 6, 70", "and so on: 1 expert a rank"],
         ),
         (with_model(TINY, num_experts=0), 2, ["100.0% of all", "float32", "1,024"]),
+        (
+            replace(TINY, parallel=ParallelConfig(tp=2, ep=4)),
+            8,
+            ["tp = 2, ep = 4", "1/2 of tp's part, 1/4 of the experts", "Heads 2–3", "ranks 1, 3, 5, 7"],
+        ),
+        (replace(TINY, parallel=ParallelConfig(fsdp=True)), 2, ["2 ranks, tp = 1, ep = 1, FSDP", "gathered weights"]),
+        (replace(TINY, parallel=ParallelConfig(engine="deepspeed")), 2, ["ZeRO-2", "shards of float32 weights"]),
     ],
-    ids=["one rank", "many ranks", "dense"],
+    ids=["one rank", "many ranks", "dense", "tensor parallel", "FSDP", "DeepSpeed"],
 )
 def test_printed_plan(config: Config, world_size: int, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_command(config, world_size) == 0

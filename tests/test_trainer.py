@@ -188,6 +188,9 @@ def test_rounding_warning(tmp_path: Path, data_folder: Path) -> None:
     )
     # Eight ranks have a share of two sequences each.
     assert "train.micro_batch = 2: an expert gets 32 tokens" in (warning(dp=8, tile=32) or "")
+    # Two tensor-parallel ranks have half of a sequence each.
+    assert "an expert gets 32 tokens" in (warning("parallel.tp=2", tile=32) or "")
+    assert "use train.micro_batch = 8 or more" in (warning("parallel.tp=2", tile=32) or "")
     assert "use train.micro_batch = 4 or more with train.tokens_per_step = 1024, or" in (warning(dp=8, tile=32) or "")
 
 
@@ -311,8 +314,10 @@ def test_profile_after_a_resume_counts_from_the_first_step(tmp_path: Path, data_
     assert names == {"ProfilerStep#1"}  # counted from the step after the resume, 4: this is step 5
 
 
-def test_a_run_of_two_ranks_is_scored_by_one(tmp_path: Path, data_folder: Path) -> None:
-    values = dataclasses.asdict(make_config(tmp_path, data_folder, "parallel.dp=2", "parallel.ep=2", "train.steps=2"))
+@pytest.mark.parametrize("split", ["dp", "tp"])
+def test_a_run_of_two_ranks_is_scored_by_one(tmp_path: Path, data_folder: Path, split: str) -> None:
+    topology = [f"parallel.{split}=2", "parallel.ep=2"]
+    values = dataclasses.asdict(make_config(tmp_path, data_folder, *topology, "train.steps=2"))
     run_ranks(2, train_topologies, values, [(str(tmp_path / "run"), [])], [free_port()])
     assert evaluate_command(str(tmp_path / "run"), [], str(tmp_path / "score.json")) == 0
     score = json.loads((tmp_path / "score.json").read_text())
@@ -371,7 +376,8 @@ def train_topologies(values: dict[str, Any], topologies: list[tuple[str, list[st
 
 
 def test_losses_and_gradient_norms_do_not_depend_on_the_topology(tmp_path: Path, data_folder: Path) -> None:
-    """EP = 1, 2 and 4 on four ranks, and one rank, ten steps from one checkpoint: equal to float32 rounding."""
+    """EP = 1, 2 and 4, and TP = 2, on four ranks, and one rank, ten steps from one checkpoint: equal to float32's
+    rounding."""
     seed = make_config(tmp_path / "seed", data_folder, "train.steps=1", "train.micro_batch=16", "metrics.every=1")
     run(seed)
     checkpoint = tmp_path / "seed" / "checkpoints" / "step-00000001"
@@ -380,6 +386,7 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_topology(tmp_path: Path,
     )
     run(from_dict(values, [f"run.dir={tmp_path / 'one'}", "train.micro_batch=16"]))
     topologies = [(str(tmp_path / f"ep{ep}"), [f"parallel.ep={ep}", "train.micro_batch=4"]) for ep in (1, 2, 4)]
+    topologies.append((str(tmp_path / "tp2"), ["parallel.tp=2", "parallel.ep=4", "train.micro_batch=8"]))
     run_ranks(4, train_topologies, values, topologies, [free_port() for _ in topologies])
     expected = numbers(tmp_path / "one")
     assert list(expected) == list(range(2, 12))

@@ -1,0 +1,71 @@
+"""The plain engine: every data-parallel rank keeps weights, gradients and optimiser state of all that it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.parallel.engines.base import OptimizerBuilder, create_state
+from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
+from moetrain.parallel.sharding import Sharding
+
+
+class ReplicatedEngine:
+    """Sums gradients over replicas after the last micro-batch, then AdamW.
+
+    Parameters
+    ----------
+    model : what computes
+    parameters : its weights by name, as the optimiser sees them
+    shardings : how each lies on the ranks
+    clip_norm : largest norm of the whole gradient; 0: no clipping
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        shardings: Mapping[str, Sharding],
+        build_optimizer: OptimizerBuilder,
+        clip_norm: float,
+    ) -> None:
+        self.forward = model
+        self.parameters = parameters
+        self.shardings = shardings
+        self.clip_norm = clip_norm
+        self.optimizer: torch.optim.Optimizer = build_optimizer(parameters)
+        create_state(self.optimizer)
+        self._sharding_of = {parameter: shardings[name] for name, parameter in parameters.items()}
+        self._device = next(iter(parameters.values())).device
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        reduce_gradients(self._sharding_of)
+        norm = float(gradient_norm(self._sharding_of, self._device))
+        if math.isfinite(norm):
+            if self.clip_norm > 0:
+                clip_gradients(self._sharding_of, norm, self.clip_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model.{name}"] = self._logical(name, parameter)
+            for key, state in self.optimizer.state[parameter].items():
+                tensors[f"optim.{key}.{name}"] = self._logical(name, state) if state.dim() else state
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """They share memory with the weights and the optimiser's state: there is nothing left to do."""
+
+    def _logical(self, name: str, local: Tensor) -> Tensor:
+        return self.shardings[name].logical(local)
