@@ -682,6 +682,7 @@ def _check_engine(config: Config) -> None:
         *parents, last = path.split(".")
         for parent in parents:
             section = section.get(parent, {})
+            _require(isinstance(section, dict), f"parallel.deepspeed.{parent}", section, "must be a section of keys")
         if last in section:
             raise ConfigError(f"parallel.deepspeed.{path} = {section[last]}: follows from {source}; remove this key")
 

@@ -70,6 +70,7 @@ BAD_OVERRIDES = [
             (["train.param_dtype=float64"], "train.param_dtype = float64"),
             (["parallel.deepspeed.gradient_clipping=1"], "gradient_clipping = 1: follows from optim.clip_norm"),
             (["parallel.deepspeed.zero_optimization.stage=2"], "zero_optimization.stage = 2: follows from parallel.z"),
+            (["parallel.deepspeed.zero_optimization=2"], "zero_optimization = 2: must be a section of keys"),
             (["parallel.deepspeed.bf16.enabled=true"], "parallel.deepspeed.bf16 = {'enabled': True}: follows from"),
         )
     ),
