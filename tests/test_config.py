@@ -64,6 +64,7 @@ BAD_OVERRIDES = [
             (["parallel.fsdp=true"], "parallel.fsdp = True: needs parallel.engine = torch"),
             (["parallel.zero_stage=0"], "parallel.zero_stage = 0: DeepSpeed without ZeRO takes wrong gradient norms"),
             (["parallel.zero_stage=3"], "parallel.zero_stage = 3: DeepSpeed refuses stage 3 with experts"),
+            (["parallel.tp=2"], "parallel.tp = 2: with parallel.engine = deepspeed must be 1"),
             (["parallel.zero_stage=4"], "parallel.zero_stage = 4: must be 1 or 2"),
             (["parallel.zero_stage=1", "train.dtype=bfloat16"], "parallel.zero_stage = 1: DeepSpeed's stage 1 in"),
             (["train.param_dtype=bfloat16"], "train.param_dtype = bfloat16: DeepSpeed keeps weights"),
