@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import signal
@@ -365,7 +366,8 @@ class Trainer:
     def _resume(self, source: Path) -> None:
         """Continue where a checkpoint of the same model left off."""
         saved = read_manifest(source).progress
-        old, new = saved["config"], asdict(self.config)
+        # As JSON has both: a tuple comes back as a list.
+        old, new = saved["config"], json.loads(json.dumps(asdict(self.config)))
         different = [f"model.{k}" for k, value in new["model"].items() if old["model"].get(k) != value]
         if different:
             raise CheckpointError(

@@ -300,6 +300,7 @@ def test_resuming_says_what_changed(tmp_path: Path, data_folder: Path, capsys: p
     run(make_config(tmp_path / "run", data_folder, "train.steps=4", "train.seed=5", "metrics.console=plain"))
     printed = capsys.readouterr()
     assert "train.seed = 5 (was 0)" in printed.out + printed.err
+    assert (printed.out + printed.err).count(" (was ") == 2  # the number of steps is the other
     assert "reading the data from their beginning" in printed.out + printed.err
     saved = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000004").progress
     assert saved["samples"] == 512 // 32
