@@ -276,11 +276,10 @@ def _transformers(config: Config, mesh: Mesh) -> Iterator[Step]:
 def _measure(step: Step, config: Config, mesh: Mesh, options: Options, deadline: Deadline) -> dict[str, Any]:
     device = mesh.device
     start = time.perf_counter()
-    step()
+    sent = step()
     synchronize(device)
     first_step = time.perf_counter() - start
-    sent = 0
-    for _ in range(options.warmup):
+    for _ in range(options.warmup - 1):
         sent = step()
     synchronize(device)
     row: dict[str, Any] = {"first_step_s": first_step}

@@ -236,8 +236,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y [T, D] and h [N, H], the latter empty unless `keep_hidden`."""
     run = stages(cast(Backend, backend))
-    indices = (token_ids_N, expert_offsets, pair_ids_N, token_offsets)
-    routing = _routing(x_TD, w_up_EHD, weights_N, *indices, pairs_per_token, padded)
+    pairs = (token_ids_N, weights_N.contiguous(), expert_offsets, pair_ids_N, token_offsets)
+    routing = Routing(*pairs, x_TD.shape[0], w_up_EHD.shape[0], pairs_per_token, padded)
     x_TD, w_up_EHD, w_down_EDI = _ready(x_TD), _ready(w_up_EHD), _ready(w_down_EDI)
     with torch.cuda.device_of(x_TD):  # kernels are launched on the current device
         h_NH, a_NI = run.up_projection(
@@ -277,8 +277,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x, w_up, w_down, b_up, b_down and the pairs' weights; empty where not `needed`."""
     run = stages(cast(Backend, backend))
-    indices = (token_ids_N, expert_offsets, pair_ids_N, token_offsets)
-    routing = _routing(x_TD, w_up_EHD, weights_N, *indices, pairs_per_token, padded)
+    pairs = (token_ids_N, weights_N.contiguous(), expert_offsets, pair_ids_N, token_offsets)
+    routing = Routing(*pairs, x_TD.shape[0], w_up_EHD.shape[0], pairs_per_token, padded)
     dy_TD, x_TD, w_up_EHD, w_down_EDI = _ready(dy_TD), _ready(x_TD), _ready(w_up_EHD), _ready(w_down_EDI)
     needs_x, needs_w_up, needs_w_down, needs_b_up, needs_b_down, needs_weights = needed
     gradients = [x_TD.new_empty(0) for _ in needed]
@@ -340,31 +340,6 @@ def _gradients(ctx: Any, dy_TD: Tensor | None, dh_NH: Tensor | None) -> tuple[Te
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
-
-
-def _routing(
-    x_TD: Tensor,
-    w_up_EHD: Tensor,
-    weights_N: Tensor,
-    token_ids_N: Tensor,
-    expert_offsets: Tensor,
-    pair_ids_N: Tensor,
-    token_offsets: Tensor,
-    pairs_per_token: int | None,
-    padded: bool,
-) -> Routing:
-    """The routing again, of which an operator can only take the parts."""
-    return Routing(
-        token_ids_N=token_ids_N,
-        weights_N=weights_N.contiguous(),
-        expert_offsets=expert_offsets,
-        pair_ids_N=pair_ids_N,
-        token_offsets=token_offsets,
-        num_tokens=x_TD.shape[0],
-        num_experts=w_up_EHD.shape[0],
-        pairs_per_token=pairs_per_token,
-        padded=padded,
-    )
 
 
 def _ready(tensor: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def run(arguments: list[str], nproc: int, *, hosts: tuple[tuple[str, int], ...] 
     Signals go straight to the workers, which can then save and end by themselves (DeepSpeed's launcher would end
     them). Returns their exit code, 128 + n for a worker that died of signal n; DeepSpeed names the command that failed.
 
-    With `hosts` (name, processes) instead of `nproc` the workers run there, reached by pdsh and ssh, in this folder.
+    With `hosts` (name, processes) the workers run there, reached by pdsh and ssh, in this folder; `nproc` is then the
+    most on one host, which share its cores.
     SIGTERM and SIGINT then have DeepSpeed end them, unsaved, and SIGUSR1 is ignored: pdsh passes no signals on.
     ConfigError without pdsh.
     """

@@ -83,14 +83,16 @@ def add_launch_arguments(parser: argparse.ArgumentParser, *, restarts: bool) -> 
 
 def positive(text: str) -> int:
     """argparse type of a number from 1 on."""
-    if _count(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return int(text)
+    return _number(text, 1, "a positive number")
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return _number(text, 0, "a number from 0 on")
+
+
+def _number(text: str, least: int, what: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
     return int(text)
 
 
@@ -132,7 +134,7 @@ def choose_processes(arguments: argparse.Namespace, device: str) -> Processes:
 
     if arguments.hostfile is not None:
         hosts = read_hostfile(Path(arguments.hostfile), nproc if isinstance(nproc, int) else None)
-        return Processes("deepspeed", per_node=max(slots for _, slots in hosts), nodes=len(hosts), hosts=hosts)
+        return Processes("deepspeed", per_node=max(slots for _, slots in hosts), hosts=hosts)
     if nproc is None:
         nproc = 1 if launcher in (None, "none") else "auto"
     if nproc == "auto":

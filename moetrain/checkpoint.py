@@ -187,9 +187,7 @@ def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
     It is verified, without `checksums` by the sizes of its files only. Raises CheckpointError if there is none, or if
     the one that was named is damaged.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a run, a checkpoints folder or a checkpoint")
-    return _choose(path, _meant(path), lambda checkpoint: verify(checkpoint, checksums=checksums))
+    return _choose(path, checkpoints_at(path), lambda checkpoint: verify(checkpoint, checksums=checksums))
 
 
 def checkpoints_at(path: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from moetrain.checkpoint import (
     verify,
 )
 from moetrain.convert import from_safetensors, is_safetensors, to_safetensors
-from moetrain.errors import CheckpointError
+from moetrain.errors import ConfigError
 
 _PATH_HELP = "a run (its newest checkpoint), a checkpoints folder or a checkpoint"
 
@@ -132,7 +132,8 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    """Run `moetrain checkpoint convert`; returns the exit code. Raises CheckpointError."""
+    """Run `moetrain checkpoint convert`; returns the exit code. Raises CheckpointError, and ConfigError for
+    options that do not apply."""
     path, out = Path(args.path), Path(args.out)
     if not is_safetensors(path):
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
@@ -140,7 +141,7 @@ def convert_command(args: argparse.Namespace) -> int:
         print(f"{out}: safetensors of {source}")
         return 0
     if args.weights_only or args.dtype is not None:
-        raise CheckpointError(
+        raise ConfigError(
             f"--weights-only, --dtype: {path} is a folder of safetensors, which becomes a checkpoint as it is; leave "
             "them out"
         )

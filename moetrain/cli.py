@@ -30,21 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         code: int = arguments.handler(arguments)
-    except UserError as error:
-        _record(error)
-        _print_error(error)
-        return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except OSError as error:  # a full disk, a folder that cannot be written
-        if error.filename is None:
-            raise
-        _record(error)
-        _print_error(UserError(f"{error.filename}: {error.strerror}"))
-        return UserError.exit_code
     except Exception as error:
         _record(error)
-        raise
+        if isinstance(error, UserError):
+            told = error
+        elif isinstance(error, OSError) and error.filename is not None:  # a full disk, a folder that cannot be written
+            told = UserError(f"{error.filename}: {error.strerror}")
+        else:
+            raise
+        _print_error(told)
+        return told.exit_code
     return code
 
 
@@ -246,7 +243,7 @@ def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  moetrain checkpoint convert runs/tiny --out tiny-weights --weights-only --dtype bfloat16\n"
         "  moetrain checkpoint convert runs/tiny --out tiny-all\n"
-        "  moetrain checkpoint convert tiny-all --out runs/again/checkpoints/step-00000320\n",
+        "  moetrain checkpoint convert tiny-all --out tiny-again\n",
     )
     run.add_convert_arguments(convert)
     convert.set_defaults(handler=run.convert_command)

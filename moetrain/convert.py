@@ -62,7 +62,7 @@ def to_safetensors(
     `weights_only` leaves out the optimiser's state; `dtype` is what floating-point weights are cast to, router biases
     and the optimiser's state excepted. Raises CheckpointError.
     """
-    refuse_existing(out)
+    _refuse_existing(out)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     entries = {n: e for n, e in contents(checkpoint).items() if not (weights_only and n.startswith(_OPTIMIZER))}
@@ -98,7 +98,7 @@ def to_safetensors(
 
 def from_safetensors(folder: Path, out: Path) -> None:
     """Write the new checkpoint `out` from a folder that holds all of one; raises CheckpointError."""
-    refuse_existing(out)
+    _refuse_existing(out)
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def from_safetensors(folder: Path, out: Path) -> None:
     write_checkpoint(out, tensors, saved)
 
 
-def refuse_existing(out: Path) -> None:
+def _refuse_existing(out: Path) -> None:
     """Raise CheckpointError if there is something at `out`, or no folder to make it in."""
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"--out {out}: exists already; choose another name, nothing is overwritten")

@@ -20,7 +20,7 @@ from moetrain.parallel.engines import Engine, FsdpEngine, OptimizerBuilder, Repl
 
 def create_engine(config: Config, mesh: Mesh, model: Decoder) -> Engine:
     """The engine that `parallel.engine` names. Takes over the model, whose weights must be there; collective."""
-    shardings = {name: model.sharding(name, mesh) for name, _ in model.named_parameters()}
+    shardings = {name: model.sharding(name) for name, _ in model.named_parameters()}
     optimizer = partial(build_optimizer, config=config.optim)
     if config.parallel.engine == "deepspeed":
         return _deepspeed_engine(config, mesh, model, shardings, optimizer)

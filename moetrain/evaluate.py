@@ -117,7 +117,7 @@ def evaluate_command(target: str, overrides: list[str], json_path: str | None) -
         check_vocabulary(dataset, config.model.vocab_size)
         with torch.device(mesh.device):
             model = Decoder(config, mesh)
-        load(checkpoint, logical_tensors(model, mesh), mesh, strict=False)
+        load(checkpoint, logical_tensors(model), mesh, strict=False)
         score = heldout_score(model, dataset, config, mesh)
         if mesh.rank == 0:
             baselines = heldout_baselines(dataset, score.tokens)

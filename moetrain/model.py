@@ -320,8 +320,10 @@ class Decoder(nn.Module):
         """The routers of the MoE layers, in order."""
         return [cast(MoE, self.blocks[layer].ffn).router for layer in self.moe_layers]
 
-    def sharding(self, name: str, mesh: Mesh) -> Sharding:
-        """How the parameter or buffer `name` lies on the ranks."""
+    def sharding(self, name: str) -> Sharding:
+        """How the parameter or buffer `name` lies on the ranks of the mesh, without which no model is trained."""
+        mesh = self.mesh
+        assert mesh is not None
         if is_expert_parameter(name):
             return Sharding(mesh.experts, dim=0)
         if mesh.tp == 1:
@@ -332,8 +334,8 @@ class Decoder(nn.Module):
         return Sharding(mesh.dense, next((dim for pattern, dim in dims.items() if re.fullmatch(pattern, name)), None))
 
     def compile_dense_parts(self) -> None:
-        """torch.compile attention, dense feed-forward layers, shared experts and loss; routing depends on data and is
-        not."""
+        """torch.compile attention, feed-forward networks (dense and of shared experts), norms and loss; routing depends
+        on data and is not."""
         for module in self.modules():
             if isinstance(module, Attention | FeedForward | RMSNorm):
                 module.compile()
@@ -354,7 +356,7 @@ class Decoder(nn.Module):
                 continue
             residual = name.endswith((".wo.weight", ".w_down"))
             std = model.init_std * (residual_scale if residual else 1.0)
-            sharding = None if self.mesh is None else self.sharding(name, self.mesh)
+            sharding = None if self.mesh is None else self.sharding(name)
             if is_expert_parameter(name):
                 first = 0 if sharding is None else sharding.index * parameter.shape[0]
                 for local, expert in enumerate(parameter):

@@ -98,7 +98,7 @@ def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tupl
     - torch: all that the rank computes with; the copies are the weights in the arithmetic's dtype, where that is
       narrower, from forward to backward;
     - FSDP: shards; the copies are gathered: embedding, norm and head, and in the arithmetic's dtype all layers, or
-      with `reshard_after_forward` two (one computes, the next arrives);
+      with `reshard_after_forward` two (one computes, the next arrives), routers counted like the rest of their layers;
     - DeepSpeed: all weights in the arithmetic's dtype, and shards of Adam's moments; gradients are shards in stage 2;
       the copies are shards of float32 weights.
     """
@@ -151,12 +151,8 @@ def activation_bytes(config: Config, dp: int = 1) -> int:
     Not counted: the row in float32 that router.jitter keeps, gradients of activations, buffers of collectives,
     workspaces, fragmentation.
     """
-    model, checkpointing, tp, ep = (
-        config.model,
-        config.train.activation_checkpointing,
-        config.parallel.tp,
-        config.parallel.ep,
-    )
+    model, checkpointing = config.model, config.train.activation_checkpointing
+    tp, ep = config.parallel.tp, config.parallel.ep
     size = _BYTES[compute_dtype(config)]
     D, K, heads = model.dim, config.router.top_k, (model.n_heads + model.kv_heads) * model.head_width
     gathered_tokens = config.micro_batch(dp) * config.data.seq_len

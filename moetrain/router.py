@@ -18,6 +18,7 @@ from moetrain.kernels.float32_linear import float32_linear
 from moetrain.kernels.rounding import TILE, Rounding, keep_largest, most_pairs, round_tokens
 from moetrain.kernels.routing import Routing
 from moetrain.kernels.topk import SoftmaxPlace, topk_softmax
+from moetrain.parallel.tensor import gather_rows
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         """Route the B·S tokens.
 
-        `pieces`: how many consecutive rows of x, of this rank and those after it, make a sequence. `prior_load_E`: this
-        rank's loads of the step's earlier micro-batches, which the global balance loss adds to its own (arXiv
-        2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the last the whole
-        step. `noise_seed`: of the jitter in training.
+        `pieces`: how many consecutive rows, over the x of all ranks of `sequence_group` in order, make a sequence.
+        `prior_load_E`: this rank's loads of the step's earlier micro-batches, which the global balance loss adds to its
+        own (arXiv 2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the last
+        the whole step. `noise_seed`: of the jitter in training.
         """
         sequences, length, _ = x_BSD.shape
         logits_TE = self._logits(x_BSD.flatten(0, 1), noise_seed)
@@ -255,9 +256,7 @@ class Router(nn.Module):
 
 def _of_whole_sequences(loads_BE: Tensor, pieces: int, group: dist.ProcessGroup) -> Tensor:
     """For each of this rank's pieces the loads of the sequence that it belongs to, other ranks' pieces included."""
-    of_ranks = [torch.empty_like(loads_BE) for _ in range(group.size())]
-    dist.all_gather(of_ranks, loads_BE, group=group)
-    whole_BE = torch.cat(of_ranks).unflatten(0, (-1, pieces)).sum(1).repeat_interleave(pieces, 0)
+    whole_BE = gather_rows(loads_BE, group).unflatten(0, (-1, pieces)).sum(1).repeat_interleave(pieces, 0)
     return whole_BE.chunk(group.size())[group.rank()]
 
 

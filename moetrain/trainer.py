@@ -308,7 +308,7 @@ class Trainer:
             "config": asdict(self.config),
             "config_hash": config_hash(self.config),
         }
-        self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.mesh, self.engine), progress)
+        self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.engine), progress)
         self.checkpoint_stall += self.checkpointer.last_stall_seconds
         self.saved_step = self.progress.step
 
@@ -374,7 +374,7 @@ class Trainer:
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
                 "run.dir"
             )
-        tensors = logical_tensors(self.model, self.mesh, self.engine)
+        tensors = logical_tensors(self.model, self.engine)
         load(source, tensors, self.mesh)
         self.engine.restore(tensors)
         self.progress = Progress(**{name: saved[name] for name in asdict(self.progress)})

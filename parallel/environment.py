@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import moetrain
 from moetrain.errors import ConfigError, UserError
-from moetrain.parallel.mesh import environment_world_size
+from moetrain.parallel.mesh import available_device, environment_world_size
 
 
 def meet(settings: Mapping[str, object], device: str, timeout_minutes: float) -> dist.Store | None:
@@ -26,7 +26,8 @@ def meet(settings: Mapping[str, object], device: str, timeout_minutes: float) ->
 
     None for a single process and in a mock world. `settings`, the config's values by key, and versions must be the
     same on all ranks, and each rank needs a GPU if `device` is "cuda", or "auto" where there are GPUs. Otherwise every
-    rank raises the same ConfigError, which names ranks and values. UserError if ranks do not come in time.
+    rank raises the same ConfigError, which names ranks and values, or the ranks that did not come in time; UserError if
+    rank 0 did not.
     """
     size = environment_world_size()
     if size == 1 or "MASTER_ADDR" not in os.environ or dist.is_initialized():
@@ -38,7 +39,7 @@ def meet(settings: Mapping[str, object], device: str, timeout_minutes: float) ->
     except (ValueError, dist.DistError) as error:
         raise UserError(f"the ranks have not met at {where}: {str(error).splitlines()[0]}") from error
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = available_device()
     facts = {**_software(), "device": device, **{key: str(value) for key, value in settings.items()}}
     account = {"problem": _problem(device), "facts": facts}
     store.set(f"environment/{rank}", json.dumps(account))
@@ -87,7 +88,7 @@ def _verdict(store: dist.Store, size: int, timeout: timedelta) -> str:
     except dist.DistStoreError:
         missing = [rank for rank, name in enumerate(names) if not store.check([name])]
         minutes = timeout.total_seconds() / 60
-        return f"{name_ranks(missing)} did not come within {minutes:g} minutes (run.timeout_minutes)"
+        return f"{name_ranks(missing)} did not come within {minutes:g} minutes (run.timeout_minutes and some grace)"
     accounts = [json.loads(text) for text in store.multi_get(names)]
     alone = _by_value([account["problem"] for account in accounts])
     problems = [f"{name_ranks(ranks)}: {problem}" for problem, ranks in alone.items() if problem is not None]

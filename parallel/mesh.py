@@ -57,33 +57,22 @@ class Mesh:
         return self.rank % self.tp
 
     @property
-    def ep_rank(self) -> int:
-        return self.rank % self.ep
-
-    @property
-    def edp(self) -> int:
-        return self.world_size // self.ep
-
-    @property
     def tp_group(self) -> dist.ProcessGroup:
         return self.dense.get_group("tp")
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        return self.dense.get_group("dp")
 
     @property
     def ep_group(self) -> dist.ProcessGroup:
         return self.experts.get_group("ep")
 
-    @property
-    def edp_group(self) -> dist.ProcessGroup:
-        return self.experts.get_group("edp")
-
 
 def environment_world_size() -> int:
     """World size that the launcher announced in WORLD_SIZE; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def available_device() -> str:
+    """What the device "auto" is in a process of its own."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def create_mesh(
@@ -107,7 +96,7 @@ def create_mesh(
     if device == "auto" and mocked:
         device = torch.get_default_device().type
     elif device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = available_device()
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible here")

@@ -14,6 +14,7 @@ Shapes: B sequences, S positions, T = B·S tokens, D width, V words of the vocab
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+_Linear = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The rows [tp · n, …] of all ranks in order, from n rows of each; the backward is a reduce-scatter."""
-    return x if group is None else _GatherRows.apply(x, group)
+    return x if group is None else _Collective.apply(x, group, _gathered, _summed_to_shards)
 
 
 def gather_sequences(x_BSD: Tensor, length: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -43,14 +46,14 @@ def sum_to_pieces(partial_BSD: Tensor, group: dist.ProcessGroup | None) -> Tenso
     """
     if group is None:
         return partial_BSD
-    shard_TD = _SumToShards.apply(partial_BSD.flatten(0, 1), group)
+    shard_TD = _Collective.apply(partial_BSD.flatten(0, 1), group, _summed_to_shards, _gathered)
     return shard_TD.unflatten(0, (-1, math.gcd(partial_BSD.shape[1], shard_TD.shape[0])))
 
 
 @torch.compiler.disable
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of all ranks' x on each of them; so is its gradient."""
-    return _SumOverRanks.apply(x, group)
+    return _Collective.apply(x, group, _summed, _summed)
 
 
 def embed(tokens_BS: Tensor, weight_VD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -86,43 +89,17 @@ def _shared_logsumexp(part_T: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SharedLogSumExp.apply(part_T, group)
 
 
-class _GatherRows(torch.autograd.Function):
-    """All-gather along the first dimension; the transpose of :class:`_SumToShards`."""
+class _Collective(torch.autograd.Function):
+    """A linear collective, whose backward is its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gathered(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, collective: _Linear, transpose: _Linear) -> Tensor:
+        ctx.group, ctx.transpose = group, transpose
+        return collective(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed_to_shards(grads[0], ctx.group), None
-
-
-class _SumToShards(torch.autograd.Function):
-    """Reduce-scatter along the first dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed_to_shards(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grads[0], ctx.group), None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce, which is its own transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.transpose(grads[0], ctx.group), None, None, None
 
 
 class _SharedLogSumExp(torch.autograd.Function):

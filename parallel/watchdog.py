@@ -113,18 +113,7 @@ class Watchdog:
         if not self._ending.acquire(blocking=False):
             time.sleep(self._limit)  # the thread is about to end this process
         try:
-            message = self._verdict()
-            if not broken:
-                self._proclaim(f"{name_ranks([self._rank])} failed: {type(error).__name__}: {_first_line(error)}")
-                return None
-            if message is None:
-                before = self._states()
-                deadline = time.monotonic() + _ANSWER_LOOKS * self._interval
-                while message is None and time.monotonic() < deadline:
-                    time.sleep(self._interval / 4)
-                    message = self._verdict()
-                if message is None and (silent := self._silent(before, self._states())):
-                    message = self._proclaim(self._describe_silent(silent, before))
+            message = self._verdict_or_silence() if broken else None
             if message is None:
                 self._proclaim(f"{name_ranks([self._rank])} failed: {type(error).__name__}: {_first_line(error)}")
                 return None
@@ -136,6 +125,16 @@ class Watchdog:
         peer.agreed = not self._tells()
         time.sleep(2 * self._interval)  # let the rank that failed end first, so that launchers report that one
         return peer
+
+    def _verdict_or_silence(self) -> str | None:
+        """Why a collective broke, once a rank has said it or one has been silent for long enough."""
+        before = self._states()
+        deadline = time.monotonic() + _ANSWER_LOOKS * self._interval
+        while (message := self._verdict()) is None and time.monotonic() < deadline:
+            time.sleep(self._interval / 4)
+        if message is None and (silent := self._silent(before, self._states())):
+            message = self._proclaim(self._describe_silent(silent, before))
+        return message
 
     # The thread
 

@@ -30,7 +30,7 @@ def homeward(wire: Wire) -> Wire:
 
 
 def pack(rows_SD: Tensor, wire: Wire) -> Tensor:
-    """What is sent for [S, D] floating-point rows, [S, …] and contiguous."""
+    """What is sent for these rows, [S, …] and contiguous: floating-point [S, D], or anything [S, …] as "compute"."""
     if wire == "compute":
         return rows_SD.contiguous()
     if wire == "bfloat16":

@@ -440,9 +440,8 @@ def experts() -> dict[str, Tensor]:
 
 
 def sharded(whole: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    count = EXPERTS // mesh.ep
-    here = slice(mesh.ep_rank * count, (mesh.ep_rank + 1) * count)
-    return {name: Sharding(mesh.experts, 0).logical(tensor[here].clone()) for name, tensor in whole.items()}
+    sharding = Sharding(mesh.experts, 0)
+    return {name: sharding.logical(sharding.part(tensor).clone()) for name, tensor in whole.items()}
 
 
 def locally(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

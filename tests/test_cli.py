@@ -335,10 +335,14 @@ def test_an_error_of_all_ranks_is_printed_once_and_recorded_by_each(
     assert recorded["message"]["message"] == "DataError: shard 3 is short"
 
 
-def test_bugs_keep_their_traceback(monkeypatch):
-    fail_with(monkeypatch, ZeroDivisionError())
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EIO, "Input/output error")])
+def test_bugs_keep_their_traceback_and_tell_the_launcher(error, monkeypatch, tmp_path):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": tmp_path / "error.json"}.items():
+        monkeypatch.setenv(name, str(value))
+    fail_with(monkeypatch, error)
+    with pytest.raises(type(error)):
         main(["train", "tiny"])
+    assert type(error).__name__ in (tmp_path / "error.json").read_text()
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys):

@@ -250,7 +250,7 @@ def restore_what_was_saved() -> None:
     engine = create_engine(config, mesh, model)
     tensors = whole_tensors(engine.tensors())
     for name, weight in fresh.items():  # not rounded to bfloat16
-        assert torch.equal(model.sharding(name, mesh).part(tensors[f"model.{name}"]), weight), name
+        assert torch.equal(model.sharding(name).part(tensors[f"model.{name}"]), weight), name
     tokens = torch.randint(0, 258, (2, 16), generator=torch.Generator().manual_seed(mesh.rank))
     for _ in range(config.accumulation_steps(mesh.dp)):
         hidden, _ = engine.forward(tokens)
@@ -269,7 +269,7 @@ def restore_what_was_saved() -> None:
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, weights[name]), name
         whole = expected[f"model.{name}"]
-        assert torch.equal(model.sharding(name, mesh).part(whole).bfloat16(), weight), name
+        assert torch.equal(model.sharding(name).part(whole).bfloat16(), weight), name
 
 
 def test_zero_restores_what_it_saved() -> None:

@@ -72,7 +72,9 @@ def every_collective() -> None:
     x = torch.empty(1, 2, dtype=torch.float64)
     dist.reduce_scatter_tensor(x, mine)
     assert torch.equal(x[0], of_all.sum(0)[rank])
+    gathered = [torch.empty_like(mine) for _ in range(size)]
     dist.gather(mine, gathered if rank == 0 else None, dst=0)
+    assert rank > 0 or torch.equal(torch.stack(gathered), of_all)
     x = torch.empty(2, dtype=torch.float64)
     dist.scatter(x, list(mine.clone()) if rank == 1 else None, src=1)
     assert torch.equal(x, of_all[1, rank])
@@ -314,7 +316,7 @@ def train(config: Config) -> Numbers:
         if trainer.logger is not None:
             trainer.logger.close()
     check_bytes(bytes_sent, trainer)
-    state = whole_tensors(logical_tensors(trainer.model, mesh, trainer.engine))
+    state = whole_tensors(logical_tensors(trainer.model, trainer.engine))
     destroy_mesh()
     return seen, state
 

@@ -367,7 +367,7 @@ def resume(config: Config) -> tuple[dict[str, Tensor], Tensor]:
     """What is loaded, whole; and the loss of the next step."""
     mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
     trainer = Trainer(config, mesh)
-    loaded = whole_tensors(logical_tensors(trainer.model, mesh, trainer.engine))
+    loaded = whole_tensors(logical_tensors(trainer.model, trainer.engine))
     loss = with_loader(trainer, steps=1)
     torch.distributed.all_reduce(loss)
     trainer.checkpointer.close()

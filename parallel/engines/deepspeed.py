@@ -106,8 +106,9 @@ class DeepSpeedEngine:
             for key in MOMENTS:
                 moment = self._gather(name, tensors[f"optim.{key}.{name}"])
                 safe_set_full_optimizer_state(parameter, moment, key)
+        step = tensors[f"optim.step.{next(iter(self.parameters))}"]  # every update is of all parameters
         for state in self.optimizer.state.values():
-            state["step"].copy_(tensors[f"optim.step.{name}"])
+            state["step"].copy_(step)
 
     @torch.no_grad()
     def _set_weight(self, name: str, weight: Tensor) -> None:
