@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moetrain.config import Config, RouterConfig
 from moetrain.data import IGNORED, open_dataset
 from moetrain.evaluate import Score, heldout_score
-from moetrain.model import Decoder, RMSNorm
+from moetrain.model import Decoder, RMSNorm, linear_cross_entropy
 from moetrain.parallel import (
     Mesh,
     create_mesh,
@@ -232,6 +232,21 @@ def compare_real_ranks(config: Config) -> None:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     compiled = pass_through(config, mesh, prepare=Decoder.compile_dense_parts)
     torch.testing.assert_close(compiled, plain, **tolerances)
+
+
+def test_a_compiled_loss_keeps_the_logits_in_their_own_dtype() -> None:
+    run_ranks(1, look_at_what_a_compiled_loss_keeps)
+
+
+def look_at_what_a_compiled_loss_keeps() -> None:
+    """As the usual backend divides the graph, of which there must be one, but without generating code."""
+    tokens, words = 16, 32
+    hidden_TD, weight_VD = (random(rows, 4).float().requires_grad_() for rows in (tokens, words))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        compiled(hidden_TD.bfloat16(), weight_VD, torch.arange(tokens), create_mesh(device="cpu").tp_group)
+    assert [x.dtype for x in kept if x.numel() >= tokens * words] == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
