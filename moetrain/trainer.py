@@ -19,6 +19,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
 
 from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
 from moetrain.config import Config, check_world, config_hash, to_yaml
@@ -77,6 +78,19 @@ def train(config: Config) -> int:
     return 0
 
 
+def start_compile_workers() -> None:
+    """Start the processes in which torch.compile makes code, deaf to the signals that ask for an end.
+
+    A job manager signals a whole process group. Without its workers torch would wait for them for ever, at the first
+    shape to be compiled after the signal: that of the held-out text.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which processes inherit
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @dataclass
 class Progress:
     """How far a run is. Saved in every checkpoint."""
@@ -132,6 +146,7 @@ class Trainer:
             resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
         if config.train.compile:
+            start_compile_workers()
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
         on_rank_0(lambda: self._open_logs(source), mesh.host_group)
