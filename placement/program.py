@@ -1,0 +1,54 @@
+"""Integer programs through PuLP: by HiGHS, or by CBC where HiGHS is not installed, with an incumbent and a deadline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import pulp
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver found out about a minimum, to within its tolerances (about 1e-6 of coefficients around 1)."""
+
+    found: bool
+    """The program's variables have the values of a solution. It may be the incumbent."""
+    bound: float
+    """No solution costs less; −inf where nothing is known."""
+
+
+def minimise(program: pulp.LpProblem, seconds: float, gap: float = 0.0) -> Outcome:
+    """Solve for at most `seconds`, or to a relative gap.
+
+    Starts from the variables' initial values (`setInitialValue`) where all have one. Scale the program so that what
+    matters in it is around 1. PuLP's status says Optimal after a time limit, so what this returns goes by `sol_status`
+    and by the solver's own bound; CBC tells PuLP none unless it has finished.
+    """
+    if pulp.HiGHS().available():
+        solver = _HiGHS(msg=False, timeLimit=max(seconds, 0.0), gapRel=gap)
+    else:
+        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=max(seconds, 0.0), gapRel=gap, warmStart=True)
+    program.solve(solver)
+    found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if isinstance(solver, _HiGHS):
+        return Outcome(found, program.solverModel.getInfo().mip_dual_bound + program.objective.constant)
+    if program.sol_status != pulp.LpSolutionOptimal:
+        return Outcome(found, -inf)
+    cost = pulp.value(program.objective)
+    return Outcome(found, cost - gap * abs(cost))
+
+
+class _HiGHS(pulp.HiGHS):
+    """PuLP's HiGHS starts from nothing; this one starts from the variables' values."""
+
+    def callSolver(self, lp: Any) -> None:
+        values = [variable.varValue for variable in lp.variables()]
+        if None not in values:
+            import highspy
+
+            solution = highspy.HighsSolution()
+            solution.col_value = values
+            lp.solverModel.setSolution(solution)
+        super().callSolver(lp)
