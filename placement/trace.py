@@ -98,7 +98,7 @@ def save_trace(path: Path, trace: Trace) -> None:
     `step` [S] and `layers` [L].
     """
     optional = {"source": trace.source_S, "step": trace.step_S, "layers": trace.layers}
-    arrays = {
+    arrays: dict[str, Any] = {
         "schema_version": np.array(SCHEMA_VERSION),
         "num_experts": np.array(trace.num_experts),
         "expert_ids": _smallest(trace.expert_ids_SLK),
