@@ -140,21 +140,28 @@ class Topology:
             numbers.append(int(before_V[numbers[-1]]))
         return [self._vertices[number] for number in reversed(numbers)]
 
+    @cached_property
+    def path_links_HGG(self) -> NDArray[np.intp]:
+        """[H, G, G]: the links (in :attr:`links`) of the path from a GPU to another, the last first; X for no more."""
+        number = {vertex: index for index, vertex in enumerate(self._vertices)}
+        none = len(self.links)
+        link_VV = np.full((len(number),) * 2, none)
+        for index, (a, b) in enumerate(self.links):
+            link_VV[number[a], number[b]] = index
+        source_GG, at_GG = np.indices((self.num_gpus,) * 2)
+        hops = []
+        while (at_GG != source_GG).any():
+            before_GG = np.where(at_GG == source_GG, at_GG, self._before[self._way_GG, source_GG, at_GG])
+            hops.append(np.where(at_GG == source_GG, none, link_VV[before_GG, at_GG]))
+            at_GG = before_GG
+        return np.array(hops, dtype=np.intp).reshape(-1, self.num_gpus, self.num_gpus)
+
     def link_bytes_X(self, bytes_GG: Floats) -> Floats:
         """[X]: bytes over each direction of :attr:`links`, if `bytes_GG` [from, to] all take their paths."""
-        number = {vertex: index for index, vertex in enumerate(self._vertices)}
-        ends_X = np.array([[number[a], number[b]] for a, b in self.links]).reshape(-1, 2)
-        link_VV = sparse.csr_matrix((np.arange(len(ends_X)) + 1, ends_X.T), (len(number),) * 2)
-        source_P, target_P = np.nonzero((bytes_GG > 0) & ~np.eye(self.num_gpus, dtype=bool))
-        moved_P, at_P = bytes_GG[source_P, target_P], target_P
-        total_X = np.zeros(len(ends_X))
-        while len(source_P):
-            before_P = self._before[self._way_GG[source_P, target_P], source_P, at_P]
-            link_P = np.asarray(link_VV[before_P, at_P]).ravel() - 1
-            total_X += np.bincount(link_P, moved_P, len(total_X))
-            going_P = before_P != source_P
-            source_P, target_P, moved_P, at_P = (a[going_P] for a in (source_P, target_P, moved_P, before_P))
-        return total_X
+        total_X = np.zeros(len(self.links) + 1)
+        for link_GG in self.path_links_HGG:
+            total_X += np.bincount(link_GG.ravel(), bytes_GG.ravel(), len(total_X))
+        return total_X[:-1]
 
     @cached_property
     def _vertices(self) -> list[Vertex]:
