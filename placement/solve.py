@@ -6,6 +6,7 @@ Shapes: L layers, E experts, G GPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
@@ -29,7 +30,8 @@ def solve(
 ) -> Solution:
     """The best placement that the solver finds within about `time_limit` seconds, and a proven bound.
 
-    Never worse than `start`, which must be feasible, and than the contiguous placement. Raises PlacementError where
+    Never worse than `start`, which must be feasible, and than the contiguous placement. A KeyboardInterrupt ends the
+    search, and the best until then is the answer. Raises PlacementError where
     the solver is unknown, or nothing is feasible.
     """
     if solver not in _SOLVERS:
@@ -45,7 +47,8 @@ def solve(
         incumbent.offer(start.gpu_LE, "start")
     incumbent.prove(problem.objective.lower_bound(problem.num_gpus, problem.least, problem.most), "bound")
     if not incumbent.done:
-        _SOLVERS[solver](incumbent, np.random.default_rng(seed))
+        with suppress(KeyboardInterrupt):
+            _SOLVERS[solver](incumbent, np.random.default_rng(seed))
     return incumbent.solution()
 
 
