@@ -137,6 +137,16 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     if command == "checkpoint":
         _add_checkpoint_commands(checkpoint)
 
+    trace = _add_command(
+        commands,
+        "trace",
+        "inspect routing traces",
+        "Look into the routing traces that placement.trace records.",
+        "examples:\n  moetrain trace info runs/tiny\n",
+    )
+    if command == "trace":
+        _add_trace_commands(trace)
+
     config = _add_command(
         commands,
         "config",
@@ -160,6 +170,21 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         "--world-size", type=positive, default=1, metavar="N", help="plan for N processes (default: %(default)s)"
     )
     plan.set_defaults(handler=_plan)
+
+    place = _add_command(
+        commands,
+        "place",
+        "find which GPU should hold which expert",
+        "Find the placement of a trace's experts that costs least, prove how good it is, and compare it with others.\n"
+        "Ctrl-C ends the search, and the best placement until then is written. Needs no GPU.",
+        "examples:\n"
+        "  moetrain place --trace runs/x --gpus 8 --out placement.json\n"
+        "  moetrain place --trace runs/x --gpus 64 --topology cluster.yaml --objective load+0.5*traffic \\\n"
+        "      --holdout 0.2 --time-limit 300 --out placement.json --report placement.html\n"
+        "  moetrain place --trace ids.npz --experts 32 --gpus 8 --objective hops --out placement.json\n",
+    )
+    if command == "place":
+        _add_place_arguments(place)
 
     bench = _add_command(
         commands,
@@ -247,6 +272,31 @@ def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
     )
     run.add_convert_arguments(convert)
     convert.set_defaults(handler=run.convert_command)
+
+
+def _add_place_arguments(place: argparse.ArgumentParser) -> None:
+    from moetrain import placement_commands as run  # it takes scipy and matplotlib with it
+
+    run.add_place_arguments(place)
+    place.set_defaults(handler=run.place_command)
+
+
+def _add_trace_commands(trace: argparse.ArgumentParser) -> None:
+    from moetrain import trace_commands as run  # it takes scipy with it
+
+    commands = trace.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    info = _add_command(
+        commands,
+        "info",
+        "what is in a trace",
+        "Print how much a trace holds, how uneven its loads are, how well an expert tells the next layer's, and\n"
+        "how far both have drifted since the first recorded steps.",
+        "examples:\n"
+        "  moetrain trace info runs/tiny --gpus 8\n"
+        "  moetrain trace info ids.npz --experts 64 --json info.json\n",
+    )
+    run.add_info_arguments(info)
+    info.set_defaults(handler=run.info_command)
 
 
 def _add_bench_commands(bench: argparse.ArgumentParser) -> None:

@@ -1,15 +1,17 @@
-"""How placements compare on tokens of a trace, whatever each of them was solved for.
+"""How placements compare on tokens of a trace, whatever each of them was solved for: one row of a table each.
 
 Shapes: L layers, E experts, G GPUs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.placement.objectives import Term
 from moetrain.placement.placement import Placement
 from moetrain.placement.simulator import Calibration, simulate
 from moetrain.placement.statistics import imbalance_L, load_LE, load_LG, transitions_LEE
@@ -56,6 +58,69 @@ def score(
         rows_across=float(rows_GG[across_GG].sum()) / gpus,
         step_seconds=simulation.step_seconds,
     )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement to compare, and the seconds that it took to find."""
+
+    name: str
+    placement: Placement
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a candidate costs by one objective, and by what there is besides."""
+
+    name: str
+    cost: float
+    seconds: float
+    score: Score
+
+
+def compare(
+    candidates: Iterable[Candidate],
+    term: Term,
+    trace: Trace,
+    topology: Topology,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+) -> list[Compared]:
+    """Score all candidates on a trace, of which `term` is an objective."""
+    return [
+        Compared(
+            candidate.name,
+            term.cost(candidate.placement.gpu_LE),
+            candidate.seconds,
+            score(candidate.placement, trace, topology, calibration, seed),
+        )
+        for candidate in candidates
+    ]
+
+
+def table_of(compared: Iterable[Compared], several_nodes: bool) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of them."""
+    columns: dict[str, Callable[[Compared], str]] = {
+        "placement": lambda row: row.name,
+        "cost": lambda row: f"{row.cost:.4f}",
+        "load": lambda row: f"{row.score.load:.3f}",
+        "worst load": lambda row: f"{row.score.worst_load:.3f}",
+        "hops": lambda row: f"{row.score.hops:.3f}",
+    }
+    if several_nodes:
+        columns |= {
+            "node hops": lambda row: f"{row.score.node_hops:.3f}",
+            "rows inside": lambda row: f"{row.score.rows_inside:.3f}",
+            "rows across": lambda row: f"{row.score.rows_across:.3f}",
+        }
+    else:
+        columns["rows"] = lambda row: f"{row.score.rows_inside:.3f}"
+    columns |= {
+        "step, ms": lambda row: f"{1e3 * row.score.step_seconds:.1f}",
+        "solve, s": lambda row: f"{row.seconds:.1f}",
+    }
+    return list(columns), [[cell(row) for cell in columns.values()] for row in compared]
 
 
 def gpu_transitions_GG(placement: Placement, trace: Trace) -> NDArray[np.float64]:
