@@ -190,8 +190,12 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         commands,
         "bench",
         "measure speed and memory beside other implementations",
-        "Time one MoE layer or whole training steps, beside other implementations that are installed.",
-        "examples:\n  moetrain bench moe-layer --shapes 24576,1536,256,128,8\n  moetrain bench step olmoe-1b-7b\n",
+        "Time one MoE layer or whole training steps, beside other implementations that are installed, or compare all\n"
+        "solvers of expert placements.",
+        "examples:\n"
+        "  moetrain bench moe-layer --shapes 24576,1536,256,128,8\n"
+        "  moetrain bench step olmoe-1b-7b\n"
+        "  moetrain bench placement --traces runs/x --gpus 8\n",
     )
     _add_bench_commands(bench)
     return parser
@@ -354,6 +358,40 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(step)
     step.set_defaults(handler=_bench_step)
 
+    placement = _add_command(
+        commands,
+        "placement",
+        "all solvers of expert placements",
+        "Solve traces with every solver for every objective, and judge the placements on a fifth of the tokens that\n"
+        "was held out. Needs no GPU.",
+        "examples:\n"
+        "  moetrain bench placement --traces runs/x --gpus 8 --json placement.json\n"
+        "  moetrain bench placement --synthetic zipf topics --shape 16384,12,64,8 --objectives load hops\n",
+    )
+    placement.add_argument("--traces", nargs="+", default=[], metavar="T", help="trace files, or runs that recorded")
+    placement.add_argument(
+        "--synthetic", nargs="+", default=[], metavar="F", help="made from the seed: zipf, lognormal, topics"
+    )
+    placement.add_argument(
+        "--shape", default="16384,12,64,8", metavar="S,L,E,K", help="of those (default: %(default)s)"
+    )
+    placement.add_argument("--gpus", type=positive, default=8, metavar="G", help="(default: %(default)s)")
+    placement.add_argument("--topology", metavar="F", help="YAML of nodes and links")
+    placement.add_argument(
+        "--objectives",
+        nargs="+",
+        default=["load", "hops", "traffic"],
+        metavar="O",
+        help="(default: load hops traffic)",
+    )
+    placement.add_argument("--solvers", nargs="+", metavar="S", help="(default: all)")
+    placement.add_argument(
+        "--time-limit", type=float, default=10.0, metavar="S", help="seconds of each search (default: %(default)g)"
+    )
+    placement.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(placement)
+    placement.set_defaults(handler=_bench_placement)
+
 
 def _add_bench_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="also write the results to this file, as they come")
@@ -434,6 +472,12 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.step import Options, step_command
 
     return step_command(Options(**_fields(arguments)))
+
+
+def _bench_placement(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.placement import Options, placement_command
+
+    return placement_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

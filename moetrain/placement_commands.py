@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -20,17 +18,14 @@ from rich.table import Table
 
 from moetrain.errors import ConfigError, PlacementError
 from moetrain.files import write_text
-from moetrain.placement.descent import random_assignment
-from moetrain.placement.evaluation import Candidate, compare, table_of
-from moetrain.placement.load import pack_lpt
+from moetrain.placement.evaluation import Candidate, baselines, compare, table_of
 from moetrain.placement.objectives import objective
-from moetrain.placement.placement import Assignment, Placement, save_placement
+from moetrain.placement.placement import save_placement
 from moetrain.placement.problem import Problem, Solution
 from moetrain.placement.problem import Progress as OnProgress
 from moetrain.placement.report import FORMATS, Maps, write_report
 from moetrain.placement.simulator import Calibration, load_calibration
 from moetrain.placement.solve import SOLVERS, solve
-from moetrain.placement.statistics import load_LE
 from moetrain.placement.topology import Topology, load_topology
 from moetrain.placement.trace import Trace, load_trace
 
@@ -99,7 +94,7 @@ def place_command(args: argparse.Namespace) -> int:
     record = _record(args, trace, fitted, topology, problem, solution)
     save_placement(args.out, solution.placement, **record)
 
-    candidates = [*_baselines(problem, fitted, args.seed), Candidate("solved", solution.placement, solution.seconds)]
+    candidates = [*baselines(problem, fitted, args.seed), Candidate("solved", solution.placement, solution.seconds)]
     term = objective(args.objective, judged, topology)
     compared = compare(candidates, term, judged, topology, calibration, args.seed)
     head, rows = table_of(compared, several_nodes=topology.num_nodes > 1)
@@ -153,19 +148,6 @@ def _problem(args: argparse.Namespace, trace: Trace, topology: Topology) -> Prob
         problem = Problem(term, layers, experts, args.gpus, least, most)
     problem.check()
     return problem
-
-
-def _baselines(problem: Problem, trace: Trace, seed: int) -> Iterator[Candidate]:
-    """What needs no search: as the model has its experts, at random, and greedily by load."""
-    makers: dict[str, Callable[[], Assignment]] = {
-        "contiguous": lambda: Placement.contiguous(problem.num_layers, problem.num_experts, problem.num_gpus).gpu_LE,
-        "random": lambda: random_assignment(problem, np.random.default_rng(seed)),
-        "lpt": lambda: pack_lpt(load_LE(trace), problem.num_gpus, problem.least, problem.most),
-    }
-    for name, make in makers.items():
-        started = time.monotonic()
-        placement = Placement(make(), problem.num_gpus)
-        yield Candidate(name, placement, time.monotonic() - started)
 
 
 def _record(

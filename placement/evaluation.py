@@ -5,14 +5,18 @@ Shapes: L layers, E experts, G GPUs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.placement.descent import random_assignment
+from moetrain.placement.load import pack_lpt
 from moetrain.placement.objectives import Term
-from moetrain.placement.placement import Placement
+from moetrain.placement.placement import Assignment, Placement
+from moetrain.placement.problem import Problem
 from moetrain.placement.simulator import Calibration, simulate
 from moetrain.placement.statistics import imbalance_L, load_LE, load_LG, transitions_LEE
 from moetrain.placement.topology import Topology
@@ -67,6 +71,21 @@ class Candidate:
     name: str
     placement: Placement
     seconds: float
+
+
+def baselines(problem: Problem, trace: Trace, seed: int = 0) -> list[Candidate]:
+    """What needs no search: as a model has its experts, at random, and the heaviest first to the least loaded GPU."""
+    makers: dict[str, Callable[[], Assignment]] = {
+        "contiguous": lambda: Placement.contiguous(problem.num_layers, problem.num_experts, problem.num_gpus).gpu_LE,
+        "random": lambda: random_assignment(problem, np.random.default_rng(seed)),
+        "lpt": lambda: pack_lpt(load_LE(trace), problem.num_gpus, problem.least, problem.most),
+    }
+    candidates = []
+    for name, make in makers.items():
+        started = time.monotonic()
+        placement = Placement(make(), problem.num_gpus)
+        candidates.append(Candidate(name, placement, time.monotonic() - started))
+    return candidates
 
 
 @dataclass(frozen=True)

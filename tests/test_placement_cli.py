@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from moetrain import placement_commands
+from moetrain.benchmarks.placement import synthetic
 from moetrain.cli import main
 from moetrain.placement.placement import load_placement
+from moetrain.placement.statistics import imbalance_L, load_LE, transitions_LEE
 from moetrain.placement.trace import Trace, save_trace
 
 LAYERS, EXPERTS = 3, 8
@@ -213,3 +215,53 @@ def test_help_needs_no_solver():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert re.search(r"place +find which GPU", done.stdout)
+
+
+def test_bench(place, tmp_path, capsys):
+    options = ["--synthetic", "zipf", "--shape", "800,2,8,2", "--gpus", "2", "--objectives", "load"]
+    assert main(["bench", "placement", *options, "--traces", "trace.npz", "--solvers", "auto", "--json", "b.json"]) == 0
+    contents = json.loads((tmp_path / "b.json").read_text())
+    rows = contents["rows"]
+    names = ["contiguous", "random", "lpt", "auto"]
+    assert [(row["trace"], row["solver"]) for row in rows] == [
+        *(("trace.npz", name) for name in names),
+        *(("zipf, seed 0", name) for name in names),
+    ]
+    for solved, contiguous in ((rows[3], rows[0]), (rows[7], rows[4])):
+        assert solved["fitted_cost"] <= contiguous["fitted_cost"]
+        assert 0 <= solved["gap"] < 1
+    # Held out are 160 of 800 tokens with 2 of 8 experts: a GPU has a whole expert's tokens more or less.
+    assert rows[7]["held_out_cost"] == pytest.approx(rows[7]["fitted_cost"], rel=0.2)
+    assert rows[7]["held_out_cost"] != rows[7]["fitted_cost"]
+    assert (
+        "zipf, seed 0: 800 tokens, 2 layers, 8 experts, 2 a token, 2 GPUs; solved for load" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--traces, --synthetic: give at least one"),
+        (["--synthetic", "flat"], "--synthetic flat: is none of zipf, lognormal, topics"),
+        (["--synthetic", "zipf", "--shape", "8,2,4,5"], "--shape 8,2,4,5: expected S,L,E,K"),
+        (["--synthetic", "zipf", "--shape", "8,2"], "--shape 8,2: expected S,L,E,K"),
+    ],
+)
+def test_benches_of_nothing(options, message, capsys):
+    assert main(["bench", "placement", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["zipf", "lognormal", "topics"])
+def test_synthetic_traces(family):
+    trace = synthetic(family, "3000,2,16,3", seed=1)
+    again, other = (synthetic(family, "3000,2,16,3", seed=seed) for seed in (1, 2))
+    np.testing.assert_array_equal(trace.expert_ids_SLK, again.expert_ids_SLK)
+    assert not np.array_equal(trace.expert_ids_SLK, other.expert_ids_SLK)
+    sorted_SLK = np.sort(trace.expert_ids_SLK, axis=-1)
+    assert (np.diff(sorted_SLK, axis=-1) > 0).all()  # different ones
+    assert imbalance_L(load_LE(trace)).min() > 1.5
+    # Only topics tie the experts of neighbouring layers to one another.
+    joint_EE = transitions_LEE(trace)[0]
+    apart = np.abs(joint_EE - joint_EE.sum(1, keepdims=True) * joint_EE.sum(0)).sum() / 2
+    assert (apart > 0.1) == (family == "topics")
