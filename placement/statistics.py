@@ -87,9 +87,9 @@ class Drift:
     tokens: int
     load: float
     load_noise: float
-    transitions: float
-    """NaN where there is one layer."""
-    transitions_noise: float
+    transitions: float | None
+    """None where there is one layer."""
+    transitions_noise: float | None
 
 
 def windows(trace: Trace, most: int) -> list[Trace]:
@@ -106,18 +106,19 @@ def drift(windows: list[Trace], seed: int = 0) -> Iterator[Drift]:
     """The drift of each later window (see :func:`windows`) from the first."""
     rng = np.random.default_rng(seed)
     first = windows[0]
-    first_load, first_transitions = _load_shares(first), transitions_LEE(first)
+    first_load = _load_shares(first)
+    first_transitions = transitions_LEE(first) if first.num_layers > 1 else None
     for later in windows[1:]:
         assert later.step_S is not None
-        halves = _shuffled(first, later, rng)
+        mixed = _shuffled(first, later, rng)
         yield Drift(
             first_step=int(later.step_S.min()),
             last_step=int(later.step_S.max()),
             tokens=later.num_tokens,
             load=_distance(first_load, _load_shares(later)),
-            load_noise=_distance(*map(_load_shares, halves)),
-            transitions=_distance(first_transitions, transitions_LEE(later)),
-            transitions_noise=_distance(*map(transitions_LEE, halves)),
+            load_noise=_distance(*map(_load_shares, mixed)),
+            transitions=None if first_transitions is None else _distance(first_transitions, transitions_LEE(later)),
+            transitions_noise=None if first_transitions is None else _distance(*map(transitions_LEE, mixed)),
         )
 
 
@@ -149,8 +150,7 @@ def _load_shares(trace: Trace) -> Floats:
 
 def _distance(p: Floats, q: Floats) -> float:
     """Total variation of each layer's distribution, mean over the layers."""
-    layers = len(p)
-    return float(np.abs(p - q).sum() / 2 / layers) if layers else float("nan")
+    return float(np.abs(p - q).sum() / 2 / len(p))
 
 
 def _shuffled(first: Trace, later: Trace, rng: np.random.Generator) -> tuple[Trace, Trace]:
