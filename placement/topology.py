@@ -120,7 +120,7 @@ class Topology:
             across_GG = self.node_G[:, None] != self.node_G
             return np.where(across_GG, self.internode_weight, other_GG.astype(float))
         fastest = self.bandwidth_GG[other_GG].max(initial=0.0)
-        return fastest * self.seconds_per_byte_GG
+        return fastest / self.bandwidth_GG
 
     @cached_property
     def links(self) -> list[tuple[Vertex, Vertex]]:
@@ -492,21 +492,18 @@ def parse_nvidia_smi(text: str) -> Topology:
 
 def _add_pcie(graph: nx.Graph, relations: list[list[str]]) -> None:
     """A tree: GPUs that are joined at a level, and not below it, meet at a switch of that level."""
-    levels = list(_PCIE)
     root_G: list[Vertex] = list(range(len(relations)))
-    for level, name in enumerate(levels):
+    for name, link in _PCIE.items():
         joined = nx.Graph()
         joined.add_nodes_from(root_G)
         for a, row in enumerate(relations):
-            joined.add_edges_from(
-                (root_G[a], root_G[b]) for b, r in enumerate(row) if a != b and levels.index(r) <= level
-            )
+            joined.add_edges_from((root_G[a], root_G[b]) for b, relation in enumerate(row) if relation == name)
         for number, group in enumerate(nx.connected_components(joined)):
             if len(group) == 1:
                 continue
             switch = f"{name.lower()} {number}"
-            for vertex in group:
-                _join(graph, vertex, switch, _PCIE[name], hops=2)
+            for vertex in sorted(group, key=str):
+                _join(graph, vertex, switch, link, hops=2)
             root_G = [switch if vertex in group else vertex for vertex in root_G]
 
 
