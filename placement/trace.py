@@ -122,7 +122,7 @@ def load_trace(path: Path, num_experts: int | None = None) -> Trace:
     else:
         trace = _joined([_read(file, num_experts) for file in _files(path)], path)
     pairs = int((trace.expert_ids_SLK[:, 0] >= 0).sum())
-    if pairs < trace.num_experts:
+    if pairs < max(1, trace.num_experts):
         raise TraceError(
             f"{path}: too few tokens: {trace.num_tokens}, with {pairs} experts chosen among {trace.num_experts} in a "
             "layer; record more (placement.trace.tokens and .every)"
