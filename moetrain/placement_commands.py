@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moetrain.errors import ConfigError, PlacementError
 from moetrain.files import write_text
-from moetrain.placement.evaluation import Candidate, baselines, compare, table_of
+from moetrain.placement.evaluation import Candidate, Score, baselines, compare, table_of
 from moetrain.placement.objectives import objective
 from moetrain.placement.placement import save_placement
 from moetrain.placement.problem import Problem, Solution
@@ -108,7 +108,7 @@ def place_command(args: argparse.Namespace) -> int:
         write_report(
             args.report,
             title=f"{args.objective}: {layers} on {args.gpus} GPUs",
-            facts=_facts(args, record),
+            facts=_facts(args, record, compared[-1].score),
             caption=caption,
             head=head,
             rows=rows,
@@ -181,8 +181,15 @@ def _record(
     }
 
 
-def _facts(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, str]:
+def _facts(args: argparse.Namespace, record: dict[str, Any], score: Score) -> dict[str, str]:
     """The same in words."""
+    parts = {
+        "dense": score.dense_seconds,
+        "dispatch": score.dispatch_seconds,
+        "experts": score.compute_seconds,
+        "combine": score.combine_seconds,
+    }
+    times = [f"{name} {1e3 * seconds:,.1f}" for name, seconds in parts.items()]
     share = "" if record["least"] == record["most"] else f"{record['least']} to "
     return {
         "objective": f"{args.objective} {_costs(record['cost'], record['bound'])}, on all {record['tokens']:,} tokens",
@@ -190,12 +197,13 @@ def _facts(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, str]:
         "trace": f"{args.trace}, of which {record['solved_for_tokens']:,} tokens to solve for",
         "topology": str(args.topology or "any two GPUs equally far"),
         "experts of a layer on a GPU": f"{share}{record['most']}",
+        "simulated step": f"{1e3 * score.step_seconds:,.1f} ms: " + ", ".join(times),
     }
 
 
 def _print_table(console: Console, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Ten columns in 80 characters."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(head[0], no_wrap=True)
     for name in head[1:]:
         table.add_column(name.replace(" ", "\n"), justify="right")

@@ -40,7 +40,11 @@ class Score:
     rows_across: float
     """And to other nodes."""
     step_seconds: float
-    """Of a training step's micro-batch, simulated."""
+    """Of a training step's micro-batch, simulated: the sum of the four that follow."""
+    dense_seconds: float
+    dispatch_seconds: float
+    compute_seconds: float
+    combine_seconds: float
 
 
 def score(
@@ -61,6 +65,10 @@ def score(
         rows_inside=float(rows_GG[away_GG & ~across_GG].sum()) / gpus,
         rows_across=float(rows_GG[across_GG].sum()) / gpus,
         step_seconds=simulation.step_seconds,
+        dense_seconds=simulation.dense_seconds * trace.num_layers,
+        dispatch_seconds=float(simulation.dispatch_LG.max(axis=1).sum()),
+        compute_seconds=float(simulation.compute_LG.max(axis=1).sum()),
+        combine_seconds=float(simulation.combine_LG.max(axis=1).sum()),
     )
 
 
@@ -129,15 +137,15 @@ def table_of(compared: Iterable[Compared], several_nodes: bool) -> tuple[list[st
     }
     if several_nodes:
         columns |= {
-            "node hops": lambda row: f"{row.score.node_hops:.3f}",
-            "rows inside": lambda row: f"{row.score.rows_inside:.3f}",
-            "rows across": lambda row: f"{row.score.rows_across:.3f}",
+            "node hops": lambda row: f"{row.score.node_hops:.2f}",
+            "rows near": lambda row: f"{row.score.rows_inside:.2f}",
+            "rows far": lambda row: f"{row.score.rows_across:.2f}",
         }
     else:
-        columns["rows"] = lambda row: f"{row.score.rows_inside:.3f}"
+        columns["rows"] = lambda row: f"{row.score.rows_inside:.2f}"
     columns |= {
-        "step, ms": lambda row: f"{1e3 * row.score.step_seconds:.1f}",
-        "solve, s": lambda row: f"{row.seconds:.1f}",
+        "step, ms": lambda row: f"{1e3 * row.score.step_seconds:,.1f}",
+        "took, s": lambda row: f"{row.seconds:.1f}",
     }
     return list(columns), [[cell(row) for cell in columns.values()] for row in compared]
 

@@ -110,7 +110,7 @@ def test_topology_and_sums(place, tmp_path, capsys):
     )
     assert place("--gpus", "4", "--topology", "t.yaml", "--objective", "load+0.5*traffic", "--json", "c.json") == 0
     text = capsys.readouterr().out
-    assert re.search(r"inside +across", text)
+    assert re.search(r"near +far", text)
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert rows[-1]["cost"] <= rows[0]["cost"]
     assert all(row["score"]["rows_across"] > 0 for row in rows)

@@ -268,6 +268,8 @@ def test_scores_are_the_objectives_of_the_same_name():
     assert found.load == pytest.approx(objective("load", trace, topology).cost(placement.gpu_LE) / 3 / (3 / 8))
     assert found.worst_load > found.load
     assert found.step_seconds == simulate(trace, placement, topology, CALIBRATION).step_seconds
+    parts = found.dense_seconds + found.dispatch_seconds + found.compute_seconds + found.combine_seconds
+    assert found.step_seconds == pytest.approx(parts)
     flat = score(placement, trace, one_node(8), CALIBRATION)
     assert (flat.node_hops, flat.rows_across) == (0, 0)
     assert flat.hops == pytest.approx(found.hops)
