@@ -4,7 +4,7 @@ The problem is makespan scheduling with cardinality constraints (P | ≤ k | C_m
 of it is benign: longest processing time first and exchanges mostly come within 1e-4 of a bound that takes no search,
 and an integer program closes what is left of small layers.
 
-Shapes: L MoE layers, E experts, G GPUs, C slots of a GPU, P pairs of slots.
+Shapes: L MoE layers, E experts, G GPUs, C slots of a GPU, P pairs of slots, Q candidates.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moetrain.placement.program import minimise
 TOLERANCE = 1e-4
 """A layer whose largest load is within this of its bound is left as it is: loads are samples, known no better."""
 
-_KICKS = 60
-"""So many disturbances in a row that lead to nothing better end the search for exchanges."""
+_KICKS = 600
+"""So many disturbances in a row that win no more than TOLERANCE end the search for exchanges."""
 _PROGRAM_VARIABLES = 4096
 """Integer programs with more than these binary variables finish nothing in minutes."""
 
@@ -192,7 +192,7 @@ def _exchange(
         if _exchange_once(load_E, gpu_E, num_gpus, least, most):
             continue
         cost = np.bincount(gpu_E, load_E, num_gpus).max()
-        kicks = 0 if cost < best * (1 - 1e-9) else kicks + 1
+        kicks = 0 if cost < best * (1 - TOLERANCE) else kicks + 1
         if cost <= best:
             best_E, best = gpu_E, cost
         if best <= target or kicks == _KICKS:
@@ -228,44 +228,80 @@ def _exchange_once(load_E: NDArray[np.floating], gpu_E: Assignment, num_gpus: in
         _swap(gpu_E, top, expert_GC[top, [slot]], gpu, expert_GC[gpu, [other_slot]])
         return True
 
+    # The best pair for a pair is the next above or below what would make the two GPUs equal: one search finds it on all
+    # GPUs if their pairs stand in rows far from each other.
     first_P, second_P = np.triu_indices(slots, 1)
     load_GP = load_GC[:, first_P] + load_GC[:, second_P]
     empty_GP = (expert_GC[:, first_P] < 0).astype(int) + (expert_GC[:, second_P] < 0)
-    given_P = np.flatnonzero(empty_GP[top] == 0)
-    if not len(given_P):
+    given_Q = np.flatnonzero(empty_GP[top] == 0)
+    if not len(given_Q):
         return False
-    taken_GP = np.where(empty_GP <= spare, load_GP, np.inf)
+    taken_GP = np.where(empty_GP <= spare, load_GP, 2 * load_G[top])
     ascending_GP = taken_GP.argsort(axis=1)
-    found: tuple[int, int, int] | None = None
-    for gpu in range(num_gpus):
-        if gpu == top:
-            continue
-        # The best pair for a pair is the next above or below what would make the two GPUs equal.
-        pairs_P = taken_GP[gpu, ascending_GP[gpu]]
-        above_P = pairs_P.searchsorted(load_GP[top, given_P] - (load_G[top] - load_G[gpu]) / 2)
-        for place_P in (above_P.clip(max=len(pairs_P) - 1), (above_P - 1).clip(min=0)):
-            less_P = load_GP[top, given_P] - pairs_P[place_P]
-            peak_P = np.maximum(load_G[top] - less_P, load_G[gpu] + less_P)
-            best = int(peak_P.argmin())
-            if peak_P[best] < enough:
-                enough = peak_P[best]
-                found = gpu, int(given_P[best]), int(ascending_GP[gpu, place_P[best]])
-    if found is None:
+    taken_GP = np.take_along_axis(taken_GP, ascending_GP, axis=1)
+    wanted_GQ = load_GP[top, given_Q] - (load_G[top] - load_G)[:, None] / 2
+    row_G = 4 * load_G[top] * np.arange(num_gpus)[:, None]
+    above_GQ = (taken_GP + row_G).ravel().searchsorted(wanted_GQ + row_G) - len(first_P) * np.arange(num_gpus)[:, None]
+    place_GQ = np.concatenate([above_GQ - 1, above_GQ], axis=1).clip(0, len(first_P) - 1)
+    given_Q = np.concatenate([given_Q, given_Q])
+    less_GQ = load_GP[top, given_Q] - np.take_along_axis(taken_GP, place_GQ, axis=1)
+    peak_GQ = np.maximum(load_G[top] - less_GQ, load_G[:, None] + less_GQ)
+    if peak_GQ.min() >= enough:
         return False
-    gpu, given, taken = found
-    _swap(
-        gpu_E,
-        top,
-        expert_GC[top, [first_P[given], second_P[given]]],
-        gpu,
-        expert_GC[gpu, [first_P[taken], second_P[taken]]],
-    )
+    gpu, choice = map(int, np.unravel_index(peak_GQ.argmin(), peak_GQ.shape))
+    given, taken = given_Q[choice], ascending_GP[gpu, place_GQ[gpu, choice]]
+    its, others = expert_GC[top, [first_P[given], second_P[given]]], expert_GC[gpu, [first_P[taken], second_P[taken]]]
+    _swap(gpu_E, top, its, gpu, others)
     return True
 
 
 def _swap(gpu_E: Assignment, one: int, its: NDArray[np.int64], other: int, others: NDArray[np.int64]) -> None:
     gpu_E[its[its >= 0]] = other
     gpu_E[others[others >= 0]] = one
+
+
+class PackingProgram:
+    """A layer's assignments as an integer program without an objective: x_eg = 1 where expert e is on GPU g.
+
+    GPUs are alike, so they are numbered in the order in which they get their first of the experts, heaviest first:
+    expert e is on one of the GPUs 0 to e, and on GPU g only if one of the experts before e is on g − 1.
+    """
+
+    def __init__(
+        self, load_E: NDArray[np.floating], incumbent_E: NDArray[np.int64], num_gpus: int, least: int, most: int
+    ):
+        """`incumbent_E`: the assignment of which the variables get their initial values."""
+        self.mean = float(load_E.sum()) / num_gpus
+        self.heaviest_first_E = np.argsort(-load_E, kind="stable")
+        load_E = load_E[self.heaviest_first_E] / self.mean
+        incumbent = incumbent_E[self.heaviest_first_E].tolist()
+        number = {gpu: number for number, gpu in enumerate(dict.fromkeys(incumbent))}
+
+        self.program = pulp.LpProblem("packing", pulp.LpMinimize)
+        self.x: list[list[pulp.LpVariable]] = []
+        for expert, gpu in enumerate(incumbent):
+            x_G = [
+                self.program.add_variable(f"x_{expert}_{g}", cat=pulp.LpBinary)
+                for g in range(min(expert + 1, num_gpus))
+            ]
+            for g, x in enumerate(x_G):
+                x.setInitialValue(int(g == number[gpu]))
+            self.program += pulp.lpSum(x_G) == 1
+            for g in range(1, len(x_G)):
+                self.program += x_G[g] <= pulp.lpSum(before_G[g - 1] for before_G in self.x[g - 1 :])
+            self.x.append(x_G)
+        experts_G = [[x_G[g] for x_G in self.x[g:]] for g in range(num_gpus)]
+        for experts in experts_G:
+            self.program += pulp.lpSum(experts) >= least
+            self.program += pulp.lpSum(experts) <= most
+        self.load_G = [pulp.lpDot(load_E[g:].tolist(), experts) for g, experts in enumerate(experts_G)]
+        """The load of each GPU, of which the mean is 1."""
+
+    def assignment(self) -> NDArray[np.int64]:
+        """[E]: the GPU of each expert, by the variables' values."""
+        gpu_E = np.empty(len(self.x), np.int64)
+        gpu_E[self.heaviest_first_E] = [int(np.argmax([x.value() for x in x_G])) for x_G in self.x]
+        return gpu_E
 
 
 def _pack_program(
@@ -277,40 +313,18 @@ def _pack_program(
     bound: float,
     seconds: float,
 ) -> tuple[NDArray[np.int64], float]:
-    """The better of gpu_E and what min T subject to Σ_e load_e·x_eg ≤ T finds in so many seconds, and a bound.
-
-    GPUs are alike, so they are numbered in the order in which they get their first of the experts, heaviest first:
-    expert e is on one of the GPUs 0 to e, and on GPU g only if one of the experts before e is on g − 1.
-    """
-    scale = load_E.sum() / num_gpus
-    heaviest_first_E = np.argsort(-load_E, kind="stable")
-    s_E = load_E[heaviest_first_E] / scale
-    met = list(dict.fromkeys(gpu_E[heaviest_first_E].tolist()))
-    number_E = np.array([met.index(gpu) for gpu in gpu_E[heaviest_first_E]])
-
-    program = pulp.LpProblem("packing", pulp.LpMinimize)
-    largest = pulp.LpVariable("largest", bound / scale)
-    largest.setInitialValue(np.bincount(gpu_E, load_E).max() / scale)
-    program += largest
-    x: dict[tuple[int, int], pulp.LpVariable] = {}
-    for e in range(len(s_E)):
-        for g in range(min(e + 1, num_gpus)):
-            x[e, g] = pulp.LpVariable(f"x_{e}_{g}", cat="Binary")
-            x[e, g].setInitialValue(int(number_E[e] == g))
-            if g > 0:
-                program += x[e, g] <= pulp.lpSum(x[f, g - 1] for f in range(g - 1, e))
-        program += pulp.lpSum(x[e, g] for g in range(min(e + 1, num_gpus))) == 1
-    for g in range(num_gpus):
-        program += pulp.lpSum(x[e, g] for e in range(g, len(s_E))) >= least
-        program += pulp.lpSum(x[e, g] for e in range(g, len(s_E))) <= most
-        program += pulp.lpSum(float(s_E[e]) * x[e, g] for e in range(g, len(s_E))) <= largest
-    outcome = minimise(program, seconds, TOLERANCE)
-    bound = max(bound, (outcome.bound - 1e-6) * scale)
-    if not outcome.found:
-        return gpu_E, bound
-    found_E = np.empty_like(gpu_E)
-    for (e, g), variable in x.items():
-        if variable.value() > 0.5:
-            found_E[heaviest_first_E[e]] = g
-    cost, before = (np.bincount(assigned_E, load_E).max() for assigned_E in (found_E, gpu_E))
-    return (found_E, bound) if cost < before else (gpu_E, bound)
+    """The better of gpu_E and what min T subject to Σ_e load_e·x_eg ≤ T finds in so many seconds, and a bound."""
+    packing = PackingProgram(load_E, gpu_E, num_gpus, least, most)
+    cost = np.bincount(gpu_E, load_E).max()
+    largest = packing.program.add_variable("largest", lowBound=bound / packing.mean)
+    largest.setInitialValue(cost / packing.mean)
+    packing.program += largest
+    for load in packing.load_G:
+        packing.program += load <= largest
+    outcome = minimise(packing.program, seconds, TOLERANCE)
+    bound = max(bound, (outcome.bound - 1e-6) * packing.mean)
+    if outcome.found:
+        found_E = packing.assignment()
+        if np.bincount(found_E, load_E).max() < cost:
+            return found_E, bound
+    return gpu_E, bound

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
+from functools import cache
 from math import inf
 from typing import Any
 
 import pulp
+
+try:
+    import highspy
+except ImportError:
+    highspy = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ def minimise(program: pulp.LpProblem, seconds: float, gap: float = 0.0) -> Outco
     matters in it is around 1. PuLP's status says Optimal after a time limit, so what this returns goes by `sol_status`
     and by the solver's own bound; CBC tells PuLP none unless it has finished.
     """
-    if pulp.HiGHS().available():
+    if highspy is not None:
         solver = _HiGHS(msg=False, timeLimit=max(seconds, 0.0), gapRel=gap)
     else:
         solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=max(seconds, 0.0), gapRel=gap, warmStart=True)
@@ -43,12 +51,29 @@ def minimise(program: pulp.LpProblem, seconds: float, gap: float = 0.0) -> Outco
 class _HiGHS(pulp.HiGHS):
     """PuLP's HiGHS starts from nothing; this one starts from the variables' values."""
 
+    def createAndConfigureSolver(self, lp: Any) -> None:
+        _take_greeting()
+        super().createAndConfigureSolver(lp)
+
     def callSolver(self, lp: Any) -> None:
         values = [variable.varValue for variable in lp.variables()]
         if None not in values:
-            import highspy
-
             solution = highspy.HighsSolution()
             solution.col_value = values
             lp.solverModel.setSolution(solution)
         super().callSolver(lp)
+
+
+@cache
+def _take_greeting() -> None:
+    """Make a first solver: it prints the version to standard output, and no option of it keeps that from there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        highspy.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(nowhere)
+        os.close(kept)
