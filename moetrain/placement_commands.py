@@ -84,6 +84,8 @@ def place_command(args: argparse.Namespace) -> int:
     console = Console()
     layers = f"{trace.num_layers} layers of {trace.num_experts} experts"
     _say(console, f"{args.trace}: {trace.num_tokens:,} tokens, {layers}, to {args.gpus} GPUs")
+    if trace.inferred_experts:
+        _say(console, "the number of experts is the largest id + 1: say it with --experts if there are more")
     with _progress_shown(console) as on_progress:
         solution = solve(problem, args.solver, time_limit=args.time_limit, seed=args.seed, progress=on_progress)
     _say(
@@ -141,6 +143,11 @@ def _problem(args: argparse.Namespace, trace: Trace, topology: Topology) -> Prob
     term = objective(args.objective, trace, topology)
     layers, experts = trace.num_layers, trace.num_experts
     if args.least is None and args.most is None:
+        if trace.inferred_experts and experts % args.gpus:
+            raise PlacementError(
+                f"{args.trace}: its largest expert id is {experts - 1}, and {experts} experts cannot be shared equally "
+                f"by {args.gpus} GPUs; if there are more, say how many with --experts"
+            )
         problem = Problem.equal(term, layers, experts, args.gpus)
     else:
         least = 0 if args.least is None else args.least

@@ -161,6 +161,11 @@ def test_an_interrupt_keeps_the_best_so_far(place, trace, tmp_path, monkeypatch,
         (["--trace", "ids.npy", "--experts", "4"], 1, "ids.npy: expert id 7 is out of range, 0 to 3"),
         (["--trace", "few.npy", "--experts", "8"], 1, "few.npy: too few tokens"),
         (["--gpus", "3"], 1, "8 experts cannot be shared equally by 3 GPUs"),
+        (
+            ["--trace", "some.npy"],
+            1,
+            "some.npy: its largest expert id is 6, and 7 experts cannot be shared equally by 2",
+        ),
         (["--gpus", "0"], 2, "--gpus 0: expected a positive number"),
         (["--gpus", "two"], 2, "argument --gpus: invalid int value"),
         (["--least", "5"], 1, "at least 5 experts on each of 2 GPUs takes 10, but a layer has 8"),
@@ -183,6 +188,7 @@ def test_an_interrupt_keeps_the_best_so_far(place, trace, tmp_path, monkeypatch,
 def test_bad_input_is_one_line(options, code, message, place, trace, tmp_path, capsys):
     np.save(tmp_path / "ids.npy", trace.expert_ids_SLK)
     np.save(tmp_path / "few.npy", trace.expert_ids_SLK[:3])
+    np.save(tmp_path / "some.npy", trace.expert_ids_SLK[(trace.expert_ids_SLK < 7).all((1, 2))])
     (tmp_path / "four.yaml").write_text("nodes: 1\ngpus_per_node: 4\nnvlink: {bandwidth: 450 GB/s, latency: 2 us}\n")
     (tmp_path / "apart.yaml").write_text(
         "islands:\n"
