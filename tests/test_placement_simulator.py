@@ -1,6 +1,8 @@
 """Predicted step times against what can be computed by hand, and what must not change or must only grow."""
 
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -120,6 +122,32 @@ def test_nodes_share_their_link():
     np.testing.assert_allclose(narrow.combine_LG, 2 * (2 * 600 * 1000 / 0.25e9 + 5e-6) + 3e-5)
     wide = simulate(trace, placement, two_nodes(2, 4e9), CALIBRATION)
     np.testing.assert_allclose(wide.combine_LG, 2 * (600 * 1000 / 0.5e9 + 5e-6) + 3e-5)
+
+
+def test_random_traffic_token_by_token():
+    """The same from the definition, in plain loops: rows of tokens, links of paths, the slowest link of each GPU."""
+    trace, placement, topology = random_trace(tokens=48, layers=2), random_placement(layers=2), two_nodes(4, 3e8)
+    simulation = simulate(trace, placement, topology, CALIBRATION)
+    for layer in range(2):
+        rows = Counter()
+        for source, ids_LK in zip(trace.source_S, trace.expert_ids_SLK, strict=True):
+            for gpu in {int(placement.gpu_LE[layer, expert]) for expert in ids_LK[layer]} - {source}:
+                rows[int(source), gpu] += 600 / 6  # 6 tokens of each GPU stand for 600
+        carried = Counter()
+        for (source, gpu), number in rows.items():
+            for link in pairwise(topology.path(source, gpu)):
+                carried[link] += number * 1000
+        for gpu in range(8):
+            times = [
+                max(
+                    carried[link] / (0.5 * topology.graph.edges[link]["bandwidth"])
+                    for link in pairwise(topology.path(*ends))
+                )
+                + topology.latency_GG[ends]
+                for ends in rows
+                if gpu in ends
+            ]
+            assert simulation.combine_LG[layer, gpu] == pytest.approx(2 * max(times) + 3e-5, rel=1e-12)
 
 
 def test_missing_experts_cost_nothing():
