@@ -244,7 +244,7 @@ def _progress_shown(console: Console) -> Iterator[OnProgress]:
 
 
 def _progress_line(cost: float, bound: float, seconds: float, solver: str) -> str:
-    return f"{solver}: {_costs(cost, bound)}"
+    return f"{_costs(cost, bound)} [{solver}]"
 
 
 def _costs(cost: float, bound: float) -> str:
