@@ -24,7 +24,7 @@ from moetrain.placement.placement import save_placement
 from moetrain.placement.problem import Problem, Solution
 from moetrain.placement.problem import Progress as OnProgress
 from moetrain.placement.report import FORMATS, Maps, write_report
-from moetrain.placement.simulator import Calibration, load_calibration
+from moetrain.placement.simulator import Calibration, load_calibration, sources
 from moetrain.placement.solve import SOLVERS, solve
 from moetrain.placement.topology import Topology, load_topology
 from moetrain.placement.trace import Trace, load_trace
@@ -80,6 +80,7 @@ def place_command(args: argparse.Namespace) -> int:
     calibration = Calibration() if args.calibration is None else load_calibration(args.calibration)
     fitted, judged = (trace, trace) if args.holdout is None else trace.split(args.holdout, args.seed)
     problem = _problem(args, fitted, topology)
+    sources(judged, args.gpus)  # there are enough tokens to simulate a step with
 
     console = Console()
     layers = f"{trace.num_layers} layers of {trace.num_experts} experts"
@@ -224,7 +225,7 @@ def _print_table(console: Console, caption: str, head: Sequence[str], rows: Sequ
 def _progress_shown(console: Console) -> Iterator[OnProgress]:
     """What `solve` reports: on a terminal in one line that moves; else a line at most every second, and the last."""
     if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as display:
             task = display.add_task("searching")
             yield lambda *report: display.update(task, description=_progress_line(*report))
@@ -244,7 +245,7 @@ def _progress_shown(console: Console) -> Iterator[OnProgress]:
 
 
 def _progress_line(cost: float, bound: float, seconds: float, solver: str) -> str:
-    return f"{_costs(cost, bound)} [{solver}]"
+    return f"{_costs(cost, bound)}, {solver}"
 
 
 def _costs(cost: float, bound: float) -> str:
@@ -252,7 +253,7 @@ def _costs(cost: float, bound: float) -> str:
         return f"{cost:.6g}"
     if bound >= cost:
         return f"{cost:.6g}, proven optimal"
-    return f"{cost:.6g}, proven to be at least {bound:.6g} (gap {100 * (cost - bound) / cost:.3g} %)"
+    return f"{cost:.6g}, none below {bound:.6g} (gap {100 * (cost - bound) / cost:.3g} %)"
 
 
 def _say(console: Console, text: str) -> None:

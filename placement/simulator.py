@@ -168,8 +168,6 @@ def simulate(
         )
     if placement.num_gpus != G:
         raise PlacementError(f"a placement on {placement.num_gpus} GPUs does not fit a topology of {G}")
-    if trace.num_tokens < G:
-        raise TraceError(f"{trace.num_tokens} tokens for {G} GPUs: each must be the source of some; record more")
     source_S = sources(trace, G, seed)
     # Each source's tokens, however many were recorded, stand for one micro-batch.
     weight_G: NDArray[np.float64] = calibration.tokens_per_gpu / np.bincount(source_S, minlength=G)
@@ -194,7 +192,14 @@ def simulate(
 
 
 def sources(trace: Trace, num_gpus: int, seed: int = 0) -> NDArray[np.int64]:
-    """[S]: the GPU that has each token: as recorded, if on `num_gpus` ranks; else dealt at random and evenly."""
+    """[S]: the GPU that has each token: as recorded, if on `num_gpus` ranks; else dealt at random and evenly.
+
+    Raises TraceError where there are fewer tokens than GPUs.
+    """
+    if trace.num_tokens < num_gpus:
+        raise TraceError(
+            f"{trace.num_tokens} tokens for {num_gpus} GPUs: each must be the source of some; record more tokens"
+        )
     recorded_S = trace.source_S
     if recorded_S is not None and np.array_equal(np.unique(recorded_S), np.arange(num_gpus)):
         return recorded_S.astype(np.int64)
