@@ -22,6 +22,7 @@ from scipy.optimize import linear_sum_assignment
 
 from moetrain.errors import PlacementError
 from moetrain.placement import statistics
+from moetrain.placement.load import load_bound_L
 from moetrain.placement.placement import Assignment
 from moetrain.placement.topology import Topology
 from moetrain.placement.trace import Trace
@@ -32,14 +33,20 @@ Table = NDArray[np.float64]
 class Term(Protocol):
     """A cost of a placement, to be minimised. Assignments are int [L, E], GPUs of experts."""
 
+    @property
+    def symmetric(self) -> bool:
+        """Renaming the GPUs, alike in all layers, changes no cost."""
+        ...
+
     def cost(self, gpu_LE: Assignment) -> float: ...
 
     def within(self, layer: int, gpu_XE: Assignment, num_gpus: int) -> Table:
         """[X]: what the layer costs on its own, for each of X assignments of it."""
         ...
 
-    def between(self, layer: int, gpu_XE: Assignment, gpu_YE: Assignment) -> Table | None:
-        """[X, Y]: what the step from the layer to the next costs, for assignments of both; None: never anything."""
+    def arrivals(self, layer: int, gpu_XE: Assignment) -> Table | None:
+        """[X, E, G]: what the step to an expert of the next layer costs if that is on a GPU, for each of X assignments
+        of the layer; the sum over experts is the step's cost. None: steps cost nothing."""
         ...
 
     def moves(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> Table:
@@ -66,6 +73,10 @@ class LoadTerm:
 
     load_LE: Table
 
+    @property
+    def symmetric(self) -> bool:
+        return True
+
     def cost(self, gpu_LE: Assignment) -> float:
         num_gpus = int(gpu_LE.max()) + 1
         return float(sum(self.within(layer, gpu_E[None], num_gpus)[0] for layer, gpu_E in enumerate(gpu_LE)))
@@ -75,7 +86,7 @@ class LoadTerm:
         total_XG = np.einsum("xeg,e->xg", gpu_XE[:, :, None] == gpus, self.load_LE[layer])
         return total_XG.max(1)
 
-    def between(self, layer: int, gpu_XE: Assignment, gpu_YE: Assignment) -> None:
+    def arrivals(self, layer: int, gpu_XE: Assignment) -> None:
         return None
 
     def moves(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> Table:
@@ -99,11 +110,8 @@ class LoadTerm:
         return None
 
     def lower_bound(self, num_gpus: int, least: int, most: int) -> float:
-        """Some GPU has at least the mean; some GPU has the heaviest expert and `least` − 1 others, at best the
-        lightest."""
-        ascending_LE = np.sort(self.load_LE, axis=1)
-        fullest_L = ascending_LE[:, -1] + ascending_LE[:, : max(least - 1, 0)].sum(1)
-        return float(np.maximum(self.load_LE.sum(1) / num_gpus, fullest_L).sum())
+        """Of each layer: see :func:`moetrain.placement.load.load_bound_L`."""
+        return float(load_bound_L(self.load_LE, num_gpus, least, most).sum())
 
     def _totals(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> tuple[Table, Table]:
         """[G]: the load of each GPU; [G, G]: the largest among all GPUs but two."""
@@ -126,6 +134,10 @@ class HopTerm:
     """[L − 1, E, E]: the fraction of tokens that go from an expert to one of the next layer."""
     distance_GG: Table
 
+    @property
+    def symmetric(self) -> bool:
+        return _uniform(self.distance_GG)
+
     def cost(self, gpu_LE: Assignment) -> float:
         distance_LEE = self.distance_GG[gpu_LE[:-1, :, None], gpu_LE[1:, None, :]]
         return float(np.einsum("lef,lef->", self.transitions_LEE, distance_LEE))
@@ -133,10 +145,8 @@ class HopTerm:
     def within(self, layer: int, gpu_XE: Assignment, num_gpus: int) -> Table:
         return np.zeros(len(gpu_XE))
 
-    def between(self, layer: int, gpu_XE: Assignment, gpu_YE: Assignment) -> Table:
-        arrive_XEG = np.matmul(self.transitions_LEE[layer].T, self.distance_GG[gpu_XE])
-        there_YEG = np.eye(len(self.distance_GG))[gpu_YE]
-        return arrive_XEG.reshape(len(gpu_XE), -1) @ there_YEG.reshape(len(gpu_YE), -1).T
+    def arrivals(self, layer: int, gpu_XE: Assignment) -> Table:
+        return np.matmul(self.transitions_LEE[layer].T, self.distance_GG[gpu_XE])
 
     def moves(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> Table:
         linear_EG = self.linear(layer, gpu_LE, num_gpus)
@@ -189,6 +199,11 @@ class TrafficTerm:
         rows = tuple(Rows.count(trace.expert_ids_SLK[:, layer], source_S, trace.num_experts) for layer in layers)
         return TrafficTerm(rows, distance_SG)
 
+    @property
+    def symmetric(self) -> bool:
+        """With known sources the GPUs have parts of their own, whatever the distances."""
+        return len(self.distance_SG) == 1 and bool(np.ptp(self.distance_SG) == 0)
+
     def cost(self, gpu_LE: Assignment) -> float:
         num_gpus = self.distance_SG.shape[1]
         return float(sum(self.within(layer, gpu_E[None], num_gpus)[0] for layer, gpu_E in enumerate(gpu_LE)))
@@ -198,7 +213,7 @@ class TrafficTerm:
         price_UG = rows.weight_U[:, None] * self.distance_SG[rows.source_U, :num_gpus]
         return np.array([price_UG[rows.held_UG(gpu_E, num_gpus) > 0].sum() for gpu_E in gpu_XE])
 
-    def between(self, layer: int, gpu_XE: Assignment, gpu_YE: Assignment) -> None:
+    def arrivals(self, layer: int, gpu_XE: Assignment) -> None:
         return None
 
     def moves(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> Table:
@@ -295,14 +310,18 @@ class WeightedSum:
 
     terms: Sequence[tuple[float, Term]]
 
+    @property
+    def symmetric(self) -> bool:
+        return all(term.symmetric for _, term in self.terms)
+
     def cost(self, gpu_LE: Assignment) -> float:
         return sum(weight * term.cost(gpu_LE) for weight, term in self.terms)
 
     def within(self, layer: int, gpu_XE: Assignment, num_gpus: int) -> Table:
         return _sum([weight * term.within(layer, gpu_XE, num_gpus) for weight, term in self.terms])
 
-    def between(self, layer: int, gpu_XE: Assignment, gpu_YE: Assignment) -> Table | None:
-        tables = [(weight, term.between(layer, gpu_XE, gpu_YE)) for weight, term in self.terms]
+    def arrivals(self, layer: int, gpu_XE: Assignment) -> Table | None:
+        tables = [(weight, term.arrivals(layer, gpu_XE)) for weight, term in self.terms]
         costly = [weight * table for weight, table in tables if table is not None]
         return _sum(costly) if costly else None
 
@@ -371,6 +390,14 @@ def transport(cost_EG: Table, least: int, most: int) -> NDArray[np.int64]:
         optional = np.tile(np.arange(most) >= least, num_gpus)
         cost = np.vstack([cost, np.broadcast_to(np.where(optional, 0.0, np.inf), (spare, len(slots)))])
     return slots[linear_sum_assignment(cost)[1][:num_experts]]
+
+
+def _uniform(distance_GG: Table) -> bool:
+    """All GPUs are equally far from one another, and from themselves."""
+    off_diagonal = ~np.eye(len(distance_GG), dtype=bool)
+    return all(
+        np.ptp(distances) == 0 for distances in (distance_GG.diagonal(), distance_GG[off_diagonal]) if distances.size
+    )
 
 
 def _reaches(distance_GG: Table) -> list[tuple[float, float, int]]:

@@ -12,8 +12,12 @@ import numpy as np
 
 from moetrain.errors import PlacementError
 from moetrain.placement.descent import by_assignment, by_swaps, random_assignment
+from moetrain.placement.load import pack
+from moetrain.placement.objectives import LoadTerm, Term, WeightedSum
 from moetrain.placement.placement import Placement
 from moetrain.placement.problem import Incumbent, Problem, Progress, Solution
+from moetrain.placement.replicas import eplb
+from moetrain.placement.search import exhaust, search
 
 Solver = Callable[[Incumbent, np.random.Generator], None]
 """Offers assignments and bounds to the incumbent until it is done."""
@@ -31,8 +35,8 @@ def solve(
     """The best placement that the solver finds within about `time_limit` seconds, and a proven bound.
 
     Never worse than `start`, which must be feasible, and than the contiguous placement. A KeyboardInterrupt ends the
-    search, and the best until then is the answer. Raises PlacementError where
-    the solver is unknown, or nothing is feasible.
+    search, and the best until then is the answer. Raises PlacementError where the solver is unknown or not for this
+    objective, or nothing is feasible.
     """
     if solver not in _SOLVERS:
         raise PlacementError(f"solver {solver!r} is none of {', '.join(SOLVERS)}")
@@ -60,6 +64,30 @@ def _random(incumbent: Incumbent, rng: np.random.Generator) -> None:
     incumbent.offer(random_assignment(incumbent.problem, rng), "random")
 
 
+def _lpt(incumbent: Incumbent, rng: np.random.Generator) -> None:
+    """Longest processing time first, exchanges, and integer programs for what they leave open."""
+    problem, load = incumbent.problem, _load(incumbent.problem.objective)
+    if load is None:
+        raise PlacementError("solver lpt balances load, and the objective has none in it: choose another, as auto")
+    seed = int(rng.integers(2**31))
+    gpu_LE, bound_L = pack(load.load_LE, problem.num_gpus, problem.least, problem.most, incumbent.deadline, seed)
+    incumbent.offer(gpu_LE, "lpt")
+    if load is problem.objective:
+        incumbent.prove(float(bound_L.sum()), "lpt")
+
+
+def _eplb(incumbent: Incumbent, rng: np.random.Generator) -> None:
+    """DeepSeek's, without replicas."""
+    problem, load = incumbent.problem, _load(incumbent.problem.objective)
+    if load is None:
+        raise PlacementError("solver eplb balances load, and the objective has none in it: choose another, as auto")
+    gpu_LE = eplb(load.load_LE, problem.num_gpus)
+    misfit = problem.misfit(gpu_LE)
+    if misfit is not None:
+        raise PlacementError(f"solver eplb gives equal shares: its placement {misfit}")
+    incumbent.offer(gpu_LE, "eplb")
+
+
 def _assignment(incumbent: Incumbent, rng: np.random.Generator) -> None:
     incumbent.offer(by_assignment(incumbent.problem, incumbent.gpu_LE), "assignment")
 
@@ -69,16 +97,32 @@ def _swaps(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 
 def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
-    for solver in (_assignment, _swaps):
+    """The ladder: everything if it is little, then packing for load, then descents and the search."""
+    load = _load(incumbent.problem.objective)
+    rungs: list[Solver] = [lambda incumbent, rng: exhaust(incumbent)]
+    rungs += [] if load is None else [_lpt]
+    rungs += [] if load is incumbent.problem.objective else [_assignment, search]
+    for rung in rungs:
         if not incumbent.done:
-            solver(incumbent, rng)
+            rung(incumbent, rng)
+
+
+def _load(objective: Term) -> LoadTerm | None:
+    """The load in an objective."""
+    if isinstance(objective, LoadTerm):
+        return objective
+    terms = objective.terms if isinstance(objective, WeightedSum) else []
+    return next((term for _, term in terms if isinstance(term, LoadTerm)), None)
 
 
 _SOLVERS: dict[str, Solver] = {
     "auto": _auto,
     "contiguous": _contiguous,
     "random": _random,
+    "lpt": _lpt,
+    "eplb": _eplb,
     "assignment": _assignment,
     "swaps": _swaps,
+    "search": search,
 }
 SOLVERS = tuple(_SOLVERS)

@@ -89,7 +89,8 @@ def by_hand(name: str, trace: Trace, distance_GG: np.ndarray, gpu_LE: Assignment
 )
 def test_tables_are_exact(name, seed, num_experts, num_gpus, top_k, sources):
     rng = np.random.default_rng(seed)
-    distance_GG = two_nodes(num_gpus) * rng.uniform(0.5, 2, (num_gpus, num_gpus))
+    uneven = rng.uniform(0.5, 2, (num_gpus, num_gpus)) if rng.random() < 0.7 else 1 / np.maximum(two_nodes(num_gpus), 1)
+    distance_GG = two_nodes(num_gpus) * uneven
     trace = draw_trace(rng, num_experts, top_k, num_gpus, sources)
     gpu_LE = rng.integers(num_gpus, size=(3, num_experts))
     term = make_term(name, trace, distance_GG)
@@ -108,9 +109,18 @@ def test_tables_are_exact(name, seed, num_experts, num_gpus, top_k, sources):
         assert swaps_EE[first, second] == pytest.approx(term.cost(swapped_LE) - cost, abs=1e-12)
 
     other_LE = rng.integers(num_gpus, size=(3, num_experts))
-    chain = sum(term.within(at, np.stack([gpu_LE[at], other_LE[at]]), num_gpus) for at in range(3))
-    steps = [term.between(at, np.stack([gpu_LE[at]]), np.stack([gpu_LE[at + 1], other_LE[at + 1]])) for at in range(2)]
-    assert chain[0] + sum(step[0, 0] for step in steps if step is not None) == pytest.approx(cost)
+    assert term.within(layer, np.stack([other_LE[layer], gpu_LE[layer]]), num_gpus)[1] == pytest.approx(
+        term.within(layer, gpu_LE[layer, None], num_gpus)[0]
+    )
+    chain = sum(term.within(at, gpu_LE[at, None], num_gpus)[0] for at in range(3))
+    for at in range(2):
+        arrivals_XEG = term.arrivals(at, np.stack([other_LE[at], gpu_LE[at]]))
+        if arrivals_XEG is not None:
+            chain += arrivals_XEG[1, np.arange(num_experts), gpu_LE[at + 1]].sum()
+    assert chain == pytest.approx(cost)
+
+    if term.symmetric:
+        assert term.cost(rng.permutation(num_gpus)[gpu_LE]) == pytest.approx(cost)
 
     linear_EG = term.linear(layer, gpu_LE, num_gpus)
     assert (linear_EG is None) == (name != "hops")
