@@ -61,7 +61,16 @@ class _HiGHS(pulp.HiGHS):
             solution = highspy.HighsSolution()
             solution.col_value = values
             lp.solverModel.setSolution(solution)
-        super().callSolver(lp)
+        # In a thread of its own, as Python hears of Ctrl-C only between its own instructions.
+        lp.solverModel.HandleUserInterrupt = True
+        running = lp.solverModel.startSolve()
+        try:
+            running.join()
+        except KeyboardInterrupt:
+            lp.solverModel.cancelSolve()
+            running.join()
+            highspy.Highs.resetGlobalScheduler(True)  # or its threads may abort the process when it ends
+            raise
 
 
 @cache
