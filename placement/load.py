@@ -24,8 +24,8 @@ TOLERANCE = 1e-4
 
 _KICKS = 600
 """So many disturbances in a row that win no more than TOLERANCE end the search for exchanges."""
-_PROGRAM_VARIABLES = 4096
-"""Integer programs with more than these binary variables finish nothing in minutes."""
+PROGRAM_VARIABLES = 1024
+"""Integer programs with more binary variables than this prove nothing in minutes that the bound does not say."""
 
 
 def gpu_load_LG(load_LE: NDArray[np.floating], gpu_LE: Assignment, num_gpus: int) -> NDArray[np.float64]:
@@ -94,11 +94,13 @@ def pack(
         gpu_LE[layer] = _exchange(load_LE[layer], gpu_LE[layer], num_gpus, least, most, target, until, rng)
     cost_L = gpu_load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
 
-    layers = open_layers() if deadline is not None and load_LE.shape[1] * num_gpus <= _PROGRAM_VARIABLES else []
+    layers = open_layers() if deadline is not None and load_LE.shape[1] * num_gpus <= PROGRAM_VARIABLES else []
     for done, layer in enumerate(layers):
-        gpu_LE[layer], bound_L[layer] = _pack_program(
-            load_LE[layer], gpu_LE[layer], num_gpus, least, most, bound_L[layer], share(len(layers) - done)
-        )
+        seconds = share(len(layers) - done)
+        if seconds > 0:
+            gpu_LE[layer], bound_L[layer] = _pack_program(
+                load_LE[layer], gpu_LE[layer], num_gpus, least, most, bound_L[layer], seconds
+            )
     cost_L = gpu_load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
     return gpu_LE, np.minimum(bound_L, cost_L)
 
@@ -169,6 +171,8 @@ def _round_up(bound: float, load_E: NDArray[np.float64]) -> float:
     unit = load_E.sum() / np.rint(load_E / unit).sum()
     # By so much, in units, can a sum of loads differ from a multiple.
     error = float(np.abs(load_E / unit - np.rint(load_E / unit)).sum())
+    # The bound is itself a rounded sum: a multiple may have come out a little above what it is.
+    error += 1e-12 * bound / unit
     if error > 0.01:
         return bound
     return max(bound, (np.ceil(bound / unit - error) - error) * unit)
