@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import inf
@@ -61,16 +65,31 @@ class _HiGHS(pulp.HiGHS):
             solution = highspy.HighsSolution()
             solution.col_value = values
             lp.solverModel.setSolution(solution)
-        # In a thread of its own, as Python hears of Ctrl-C only between its own instructions.
-        lp.solverModel.HandleUserInterrupt = True
-        running = lp.solverModel.startSolve()
-        try:
-            running.join()
-        except KeyboardInterrupt:
-            lp.solverModel.cancelSolve()
-            running.join()
-            highspy.Highs.resetGlobalScheduler(True)  # or its threads may abort the process when it ends
-            raise
+        with _interruptible(lp.solverModel):
+            super().callSolver(lp)
+
+
+@contextmanager
+def _interruptible(model: Any) -> Iterator[None]:
+    """Let Ctrl-C end a run of HiGHS in the main thread, where Python hears of it in callbacks only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+
+    def stop(event: Any) -> None:
+        if pressed:
+            event.interrupt()
+
+    model.cbMipInterrupt += stop
+    model.cbSimplexInterrupt += stop
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @cache

@@ -2,17 +2,23 @@
 
 import base64
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
+import pulp
 import pytest
 
 from moetrain import placement_commands
 from moetrain.benchmarks.placement import synthetic
 from moetrain.cli import main
 from moetrain.placement.placement import load_placement
+from moetrain.placement.program import minimise
 from moetrain.placement.statistics import imbalance_L, load_LE, transitions_LEE
 from moetrain.placement.trace import Trace, save_trace
 
@@ -151,6 +157,30 @@ def test_an_interrupt_keeps_the_best_so_far(place, trace, tmp_path, monkeypatch,
     record = json.loads((tmp_path / "p.json").read_text())
     assert record["cost"] == min(shown) < shown[0]
     assert "written: p.json" in capsys.readouterr().out
+
+
+def test_an_interrupt_reaches_a_program_that_runs():
+    """40 weights into 8 equal bins, as even as may be: minutes of branching."""
+    weights = np.random.default_rng(0).random(40).tolist()
+    program = pulp.LpProblem("bins", pulp.LpMinimize)
+    most = pulp.LpVariable("most", 0)
+    program += most
+    put = [[pulp.LpVariable(f"x_{item}_{place}", cat="Binary") for place in range(8)] for item in range(40)]
+    for of_item in put:
+        program += pulp.lpSum(of_item) == 1
+    for of_place in zip(*put, strict=True):
+        program += pulp.lpSum(of_place) == 5
+        program += pulp.lpSum(weight * x for weight, x in zip(weights, of_place, strict=True)) <= most
+    before, began = signal.getsignal(signal.SIGINT), time.monotonic()
+    press = threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    press.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            minimise(program, 60)
+    finally:
+        press.cancel()
+    assert time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(
