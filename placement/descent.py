@@ -27,7 +27,7 @@ def by_assignment(problem: Problem, gpu_LE: Assignment) -> Assignment:
     waiting = list(range(problem.num_layers))
     while waiting:
         layer = waiting.pop(0)
-        linear_EG = problem.objective.linear(layer, gpu_LE, problem.num_gpus)
+        linear_EG = problem.term.linear(layer, gpu_LE, problem.num_gpus)
         if linear_EG is None:
             return gpu_LE
         gpu_E = transport(linear_EG, problem.least, problem.most)
@@ -44,7 +44,7 @@ def by_swaps(problem: Problem, gpu_LE: Assignment, deadline: float) -> Assignmen
 
     `deadline` is on the clock of `time.monotonic`.
     """
-    objective, gpus = problem.objective, problem.num_gpus
+    objective, gpus = problem.term, problem.num_gpus
     gpu_LE = gpu_LE.copy()
     small = EXACT * max(abs(objective.cost(gpu_LE)), 1e-300)
     waiting = list(range(problem.num_layers))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moetrain.placement.descent import random_assignment
 from moetrain.placement.load import pack_lpt
-from moetrain.placement.objectives import Term
+from moetrain.placement.objectives import Objective
 from moetrain.placement.placement import Assignment, Placement
 from moetrain.placement.problem import Problem
 from moetrain.placement.simulator import Calibration, simulate
@@ -108,7 +108,7 @@ class Compared:
 
 def compare(
     candidates: Iterable[Candidate],
-    term: Term,
+    term: Objective,
     trace: Trace,
     topology: Topology,
     calibration: Calibration | None = None,

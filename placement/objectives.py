@@ -21,7 +21,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from moetrain.errors import PlacementError
-from moetrain.placement import statistics
+from moetrain.placement import moetuner, statistics
 from moetrain.placement.load import load_bound_L
 from moetrain.placement.placement import Assignment
 from moetrain.placement.topology import Topology
@@ -30,15 +30,23 @@ from moetrain.placement.trace import Trace
 Table = NDArray[np.float64]
 
 
-class Term(Protocol):
+class Objective(Protocol):
     """A cost of a placement, to be minimised. Assignments are int [L, E], GPUs of experts."""
+
+    def cost(self, gpu_LE: Assignment) -> float: ...
+
+    def lower_bound(self, num_gpus: int, least: int, most: int) -> float:
+        """No more than the cost of any assignment with `least` to `most` experts of each layer on each GPU."""
+        ...
+
+
+class Term(Objective, Protocol):
+    """A cost that is a chain over the layers, with tables of all its changes."""
 
     @property
     def symmetric(self) -> bool:
         """Renaming the GPUs, alike in all layers, changes no cost."""
         ...
-
-    def cost(self, gpu_LE: Assignment) -> float: ...
 
     def within(self, layer: int, gpu_XE: Assignment, num_gpus: int) -> Table:
         """[X]: what the layer costs on its own, for each of X assignments of it."""
@@ -60,10 +68,6 @@ class Term(Protocol):
     def linear(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> Table | None:
         """[E, G]: costs whose sum over the layer's experts is, up to a constant, the cost as a function of this layer
         alone, all others fixed; None where it is no such sum."""
-        ...
-
-    def lower_bound(self, num_gpus: int, least: int, most: int) -> float:
-        """No more than the cost of any assignment with `least` to `most` experts of each layer on each GPU."""
         ...
 
 
@@ -349,20 +353,46 @@ def _sum(tables: list[Table]) -> Table:
     return np.sum(tables, axis=0)
 
 
-NAMES = ("hops", "load", "traffic")
+@dataclass(frozen=True, eq=False)
+class TwoStages:
+    """MoETuner's objective: deviation of loads from their mean, and only where it is the same the busiest links.
+
+    As one number: deviations that differ by less than a millionth of a token's busiest link are the same. See
+    :mod:`moetrain.placement.moetuner`.
+    """
+
+    load_LE: Table
+    transitions_LEE: Table
+    link_cost_GG: Table
+
+    LINKS = 1e-6
+
+    def cost(self, gpu_LE: Assignment) -> float:
+        deviation = moetuner.deviation(self.load_LE, gpu_LE, len(self.link_cost_GG))
+        return deviation + self.LINKS * moetuner.links(self.transitions_LEE, self.link_cost_GG, gpu_LE)
+
+    def lower_bound(self, num_gpus: int, least: int, most: int) -> float:
+        """Both are sums of what is not negative."""
+        return 0.0
 
 
-def objective(name: str, trace: Trace, topology: Topology) -> Term:
-    """The objective of that name: hops, load or traffic, or a sum like ``load+0.5*traffic``.
+NAMES = ("load", "traffic", "hops")
+
+
+def objective(name: str, trace: Trace, topology: Topology) -> Objective:
+    """The objective of that name: load, traffic or hops, a sum like ``load+0.5*traffic``, or moetuner.
 
     Raises PlacementError where the name is none of these.
     """
+    if name == "moetuner":
+        return TwoStages(statistics.load_LE(trace), statistics.transitions_LEE(trace), topology.distance_GG)
     terms = []
     for part in name.replace(" ", "").split("+"):
         match = re.fullmatch(r"(?:([0-9.]+(?:e-?[0-9]+)?)\*)?([a-z]+)", part)
         if match is None or match[2] not in NAMES:
             raise PlacementError(
-                f"objective {name!r}: {part!r} is none of {', '.join(NAMES)}; sums are written as load+0.5*traffic"
+                f"objective {name!r}: {part!r} is none of {', '.join(NAMES)}, which may be added up as in "
+                f"load+0.5*traffic, and moetuner, which stands alone"
             )
         terms.append((float(match[1] or 1), _term(match[2], trace, topology)))
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from typing import cast
 
 import numpy as np
 
 from moetrain.errors import PlacementError
-from moetrain.placement.objectives import Term
+from moetrain.placement.objectives import Objective, Term, TwoStages
 from moetrain.placement.placement import Assignment, Placement
 
 Progress = Callable[[float, float, float, str], None]
@@ -27,7 +28,7 @@ EXACT = 1e-9
 class Problem:
     """Minimise the objective with `least` to `most` experts of each layer on each GPU."""
 
-    objective: Term
+    objective: Objective
     num_layers: int
     num_experts: int
     num_gpus: int
@@ -35,7 +36,7 @@ class Problem:
     most: int
 
     @staticmethod
-    def equal(objective: Term, num_layers: int, num_experts: int, num_gpus: int) -> Problem:
+    def equal(objective: Objective, num_layers: int, num_experts: int, num_gpus: int) -> Problem:
         """With E / G experts of each layer on each GPU. Raises PlacementError where that is no whole number."""
         if num_gpus < 1 or num_experts % num_gpus:
             raise PlacementError(
@@ -45,6 +46,13 @@ class Problem:
             )
         share = num_experts // num_gpus
         return Problem(objective, num_layers, num_experts, num_gpus, share, share)
+
+    @property
+    def term(self) -> Term:
+        """The objective, with its tables. Raises PlacementError where it has none."""
+        if isinstance(self.objective, TwoStages):
+            raise PlacementError("objective moetuner is solved by its own two stages: solver moetuner, or auto")
+        return cast(Term, self.objective)
 
     def check(self) -> None:
         """Raises PlacementError where no assignment is feasible."""

@@ -57,11 +57,11 @@ def search(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 def polish(problem: Problem, gpu_LE: Assignment, deadline: float) -> Assignment:
     """Descend until no layer, no renaming of GPUs from a layer on, and no swap helps."""
-    cost = problem.objective.cost(gpu_LE)
+    cost = problem.term.cost(gpu_LE)
     while True:
         better_LE = recombine(problem, [by_assignment(problem, gpu_LE)])
         better_LE = by_swaps(problem, better_LE, deadline)
-        better = problem.objective.cost(better_LE)
+        better = problem.term.cost(better_LE)
         if better >= cost - EXACT * abs(cost):
             return gpu_LE
         gpu_LE, cost = better_LE, better
@@ -76,7 +76,7 @@ def anneal(
     and as large as the temperature; elsewhere the swap of each two GPUs that looks best with such noise is made if
     it does not cost too much.
     """
-    objective, gpus = problem.objective, problem.num_gpus
+    objective, gpus = problem.term, problem.num_gpus
     gpu_LE = gpu_LE.copy()
     layers = range(problem.num_layers)
     price = float(np.mean([np.ptp(objective.moves(layer, gpu_LE, gpus), axis=1) for layer in layers]))
@@ -107,7 +107,7 @@ def best_chain(problem: Problem, candidates: Sequence[Assignment], rename: bool 
     Where the objective is symmetric, and unless not to `rename`, each step gives the GPUs the best names, an
     assignment problem of G × G.
     """
-    objective, gpus = problem.objective, problem.num_gpus
+    objective, gpus = problem.term, problem.num_gpus
     rename = rename and objective.symmetric
     cost_X = objective.within(0, candidates[0], gpus)
     back: list[NDArray[np.int64]] = []
@@ -126,16 +126,16 @@ def best_chain(problem: Problem, candidates: Sequence[Assignment], rename: bool 
     return gpu_LE
 
 
-def exhaust(incumbent: Incumbent) -> None:
+def exhaust(incumbent: Incumbent, rng: np.random.Generator) -> None:
     """Solve to optimality by trying everything, if that is not too much."""
     problem = incumbent.problem
     for rename, limit in ((True, 150), (False, 3000)):
-        if problem.objective.symmetric or not rename:
+        if problem.term.symmetric or not rename:
             gpu_XE = all_assignments(problem, rename, limit)
             if gpu_XE is not None:
                 gpu_LE = best_chain(problem, [gpu_XE] * problem.num_layers, rename)
                 incumbent.offer(gpu_LE, "exhaustive")
-                incumbent.prove(problem.objective.cost(gpu_LE), "exhaustive")
+                incumbent.prove(problem.term.cost(gpu_LE), "exhaustive")
                 return
 
 
@@ -167,7 +167,7 @@ def _steps(problem: Problem, layer: int, gpu_XE: Assignment, gpu_YE: Assignment,
         named_XYGG = _renamings(problem, layer, gpu_XE, gpu_YE)
         if named_XYGG is not None:
             return np.array([[named[linear_sum_assignment(named)].sum() for named in row] for row in named_XYGG])
-    arrive_XEG = problem.objective.arrivals(layer, gpu_XE)
+    arrive_XEG = problem.term.arrivals(layer, gpu_XE)
     if arrive_XEG is None:
         return np.zeros((len(gpu_XE), len(gpu_YE)))
     there_YEG = np.eye(problem.num_gpus)[gpu_YE]
@@ -176,7 +176,7 @@ def _steps(problem: Problem, layer: int, gpu_XE: Assignment, gpu_YE: Assignment,
 
 def _renamings(problem: Problem, layer: int, gpu_XE: Assignment, gpu_YE: Assignment) -> Table | None:
     """[X, Y, G, G]: what arrives at each GPU of an assignment of the next layer, if that had the name of another."""
-    arrive_XEG = problem.objective.arrivals(layer, gpu_XE)
+    arrive_XEG = problem.term.arrivals(layer, gpu_XE)
     if arrive_XEG is None:
         return None
     there_YGE = np.eye(problem.num_gpus)[gpu_YE].transpose(0, 2, 1)
@@ -185,7 +185,7 @@ def _renamings(problem: Problem, layer: int, gpu_XE: Assignment, gpu_YE: Assignm
 
 def _distinct(problem: Problem, assignments: list[Assignment]) -> Assignment:
     """[X, E]: the assignments of a layer without repetitions, be it under other names where they do not matter."""
-    if problem.objective.symmetric:
+    if problem.term.symmetric:
         assignments = [_named_in_order(gpu_E) for gpu_E in assignments]
     return np.unique(assignments, axis=0)
 
@@ -198,7 +198,7 @@ def _named_in_order(gpu_E: Assignment) -> Assignment:
 
 def _best(problem: Problem, pool: list[Assignment]) -> list[Assignment]:
     """The best placements of different costs."""
-    cost = np.array([problem.objective.cost(gpu_LE) for gpu_LE in pool])
+    cost = np.array([problem.term.cost(gpu_LE) for gpu_LE in pool])
     _, first = np.unique(cost.round(12), return_index=True)
     return [pool[at] for at in first[:_POOL]]
 
@@ -207,7 +207,7 @@ def _swap_some(problem: Problem, layer: int, gpu_LE: Assignment, temperature: fl
     """Swap experts between disjoint pairs of GPUs."""
     gpus = problem.num_gpus
     gpu_E = gpu_LE[layer]
-    swaps_EE = problem.objective.swaps(layer, gpu_LE, gpus)
+    swaps_EE = problem.term.swaps(layer, gpu_LE, gpus)
     noisy_EE = swaps_EE - temperature * np.triu(rng.gumbel(size=swaps_EE.shape), 1)
     noisy_EE[gpu_E[:, None] >= gpu_E] = np.inf
     taken_G = np.zeros(gpus, bool)

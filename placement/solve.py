@@ -13,7 +13,8 @@ import numpy as np
 from moetrain.errors import PlacementError
 from moetrain.placement.descent import by_assignment, by_swaps, random_assignment
 from moetrain.placement.load import pack
-from moetrain.placement.objectives import LoadTerm, Term, WeightedSum
+from moetrain.placement.moetuner import tune
+from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, WeightedSum
 from moetrain.placement.placement import Placement
 from moetrain.placement.problem import Incumbent, Problem, Progress, Solution
 from moetrain.placement.replicas import eplb
@@ -88,6 +89,25 @@ def _eplb(incumbent: Incumbent, rng: np.random.Generator) -> None:
     incumbent.offer(gpu_LE, "eplb")
 
 
+def _moetuner(incumbent: Incumbent, rng: np.random.Generator) -> None:
+    """MoETuner's two stages; what they prove of the links holds for their own clusters alone, so it is not counted."""
+    problem, stages = incumbent.problem, incumbent.problem.objective
+    if not isinstance(stages, TwoStages):
+        raise PlacementError("solver moetuner is for the objective of that name: choose that, or another solver")
+    tuned = tune(
+        stages.load_LE,
+        stages.transitions_LEE,
+        stages.link_cost_GG,
+        problem.least,
+        problem.most,
+        incumbent.deadline,
+        start=incumbent.gpu_LE,
+        seed=int(rng.integers(2**31)),
+    )
+    incumbent.offer(tuned.gpu_LE, "moetuner")
+    incumbent.prove(tuned.bound.deviation, "moetuner")
+
+
 def _assignment(incumbent: Incumbent, rng: np.random.Generator) -> None:
     incumbent.offer(by_assignment(incumbent.problem, incumbent.gpu_LE), "assignment")
 
@@ -97,17 +117,22 @@ def _swaps(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 
 def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
-    """The ladder: everything if it is little, then packing for load, then descents and the search."""
-    load = _load(incumbent.problem.objective)
-    rungs: list[Solver] = [lambda incumbent, rng: exhaust(incumbent)]
+    """The ladder: everything if that is little, packing where load counts, then descent and search where it does not
+    count alone."""
+    objective = incumbent.problem.objective
+    if isinstance(objective, TwoStages):
+        _moetuner(incumbent, rng)
+        return
+    load = _load(objective)
+    rungs: list[Solver] = [exhaust]
     rungs += [] if load is None else [_lpt]
-    rungs += [] if load is incumbent.problem.objective else [_assignment, search]
+    rungs += [] if load is objective else [_assignment, search]
     for rung in rungs:
         if not incumbent.done:
             rung(incumbent, rng)
 
 
-def _load(objective: Term) -> LoadTerm | None:
+def _load(objective: Objective) -> LoadTerm | None:
     """The load in an objective."""
     if isinstance(objective, LoadTerm):
         return objective
@@ -121,6 +146,7 @@ _SOLVERS: dict[str, Solver] = {
     "random": _random,
     "lpt": _lpt,
     "eplb": _eplb,
+    "moetuner": _moetuner,
     "assignment": _assignment,
     "swaps": _swaps,
     "search": search,

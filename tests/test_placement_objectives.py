@@ -182,7 +182,7 @@ def test_names_of_objectives():
         assert cost == pytest.approx(by_hand(name, trace, topology.distance_GG, gpu_LE))
     total = objective("load + 0.5*traffic", trace, topology).cost(gpu_LE)
     assert total == pytest.approx(costs["load"] + 0.5 * costs["traffic"])
-    with pytest.raises(PlacementError, match="'speed' is none of hops, load, traffic"):
+    with pytest.raises(PlacementError, match="'speed' is none of load, traffic, hops"):
         objective("load+speed", trace, topology)
     with pytest.raises(PlacementError, match="none of"):
         objective("-1*load", trace, topology)
