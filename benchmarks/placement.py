@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moetrain.benchmarks.report import Report, say, table
 from moetrain.benchmarks.timing import Deadline
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, PlacementError
 from moetrain.placement.evaluation import Candidate, baselines, compare
 from moetrain.placement.objectives import objective
 from moetrain.placement.problem import Problem
@@ -69,7 +69,12 @@ def placement_command(options: Options) -> int:
             candidates = baselines(problem, fitted, options.seed)
             gaps: dict[str, float | None] = {candidate.name: None for candidate in candidates}
             for solver in solvers:
-                solution = solve(problem, solver, time_limit=options.time_limit, seed=options.seed)
+                try:
+                    solution = solve(problem, solver, time_limit=options.time_limit, seed=options.seed)
+                except PlacementError:  # not for this objective
+                    if options.solvers is not None:
+                        raise
+                    continue
                 candidates.append(Candidate(solver, solution.placement, solution.seconds))
                 gaps[solver] = solution.gap
             judged = objective(wanted, held_out, topology)
@@ -167,4 +172,4 @@ FAMILIES: dict[str, Callable[[np.random.Generator, int, int], Scores]] = {
     "lognormal": _lognormal,
     "topics": _topics,
 }
-BASELINES = ("contiguous", "random", "lpt")
+BASELINES = ("contiguous", "random", "greedy")

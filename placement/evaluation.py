@@ -86,7 +86,7 @@ def baselines(problem: Problem, trace: Trace, seed: int = 0) -> list[Candidate]:
     makers: dict[str, Callable[[], Assignment]] = {
         "contiguous": lambda: Placement.contiguous(problem.num_layers, problem.num_experts, problem.num_gpus).gpu_LE,
         "random": lambda: random_assignment(problem, np.random.default_rng(seed)),
-        "lpt": lambda: pack_lpt(load_LE(trace), problem.num_gpus, problem.least, problem.most),
+        "greedy": lambda: pack_lpt(load_LE(trace), problem.num_gpus, problem.least, problem.most),
     }
     candidates = []
     for name, make in makers.items():

@@ -75,7 +75,7 @@ def _interruptible(model: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed = []
+    pressed: list[bool] = []
 
     def stop(event: Any) -> None:
         if pressed:

@@ -73,7 +73,7 @@ def test_what_is_written(place, trace, tmp_path, capsys):
 
     compared = json.loads((tmp_path / "c.json").read_text())
     rows = {row["name"]: row for row in compared["rows"]}
-    assert list(rows) == ["contiguous", "random", "lpt", "solved"]
+    assert list(rows) == ["contiguous", "random", "greedy", "solved"]
     contiguous = np.tile(np.arange(EXPERTS) // 4, (LAYERS, 1))
     assert rows["contiguous"]["cost"] == pytest.approx(hops(trace, contiguous))
     assert rows["solved"]["cost"] == rows["solved"]["score"]["hops"] == pytest.approx(record["cost"])
@@ -259,7 +259,7 @@ def test_bench(place, tmp_path, capsys):
     assert main(["bench", "placement", *options, "--traces", "trace.npz", "--solvers", "auto", "--json", "b.json"]) == 0
     contents = json.loads((tmp_path / "b.json").read_text())
     rows = contents["rows"]
-    names = ["contiguous", "random", "lpt", "auto"]
+    names = ["contiguous", "random", "greedy", "auto"]
     assert [(row["trace"], row["solver"]) for row in rows] == [
         *(("trace.npz", name) for name in names),
         *(("zipf, seed 0", name) for name in names),
