@@ -1,7 +1,7 @@
 """MoETuner's two stages against exhaustive search and against the paper's programs, transcribed as they stand."""
 
 import time
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pulp
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moetrain.errors import PlacementError
 from moetrain.placement import moetuner
 from moetrain.placement.moetuner import Cost, assign_clusters, cluster, deviation, links, tune
-from moetrain.placement.program import minimise
+from moetrain.placement.program import Outcome, minimise
 
 
 def soon(seconds: float = 20) -> float:
@@ -156,7 +156,10 @@ def test_stage_one_is_exhaustive_search_on_small_layers(seed: int, num_gpus: int
     most = data.draw(st.integers(-(-num_experts // num_gpus), num_experts))
     load_LE = rng.lognormal(0, rng.uniform(0.2, 2), (2, num_experts))
     load_LE /= load_LE.sum(1, keepdims=True)
-    optimum = least_deviation(load_LE, num_gpus, least, most)
+    optimum_L = [least_deviation(load_LE[layer : layer + 1], num_gpus, least, most) for layer in range(2)]
+    for load_E, layers_optimum in zip(load_LE, optimum_L, strict=True):
+        assert moetuner._deviation_bound(load_E, num_gpus, least, most) <= layers_optimum + 1e-12
+    optimum = sum(optimum_L)
     cluster_LE, bound = cluster(load_LE, num_gpus, least, most, soon())
     assert all(least <= np.bincount(row, minlength=num_gpus).min() for row in cluster_LE)
     assert all(np.bincount(row).max() <= most for row in cluster_LE)
@@ -204,6 +207,10 @@ def test_with_many_gpus_search_program_and_bounds_bracket_the_optimum(
     improved_LG = moetuner._improve(worst_LG, tokens_LGG, link_cost_GG, soon())
     improved = moetuner._links_L(improved_LG, tokens_LGG, link_cost_GG).sum()
     assert optimum * (1 - 1e-12) <= improved < worst
+    for layer, (one, other) in product(range(4), combinations(range(4), 2)):
+        swapped_LG = improved_LG.copy()
+        swapped_LG[layer, [one, other]] = improved_LG[layer, [other, one]]
+        assert moetuner._links_L(swapped_LG, tokens_LGG, link_cost_GG).sum() >= improved * (1 - 1e-9)
     found_LG, bound = moetuner._links_program(worst_LG, tokens_LGG, link_cost_GG, lower, 60)
     assert moetuner._links_L(found_LG, tokens_LGG, link_cost_GG).sum() == pytest.approx(optimum)
     assert bound == pytest.approx(optimum, rel=1e-4)
@@ -213,6 +220,42 @@ def test_with_many_gpus_search_program_and_bounds_bracket_the_optimum(
     gpu_LE, bound = assign_clusters(cluster_LE, transitions_LEE, link_cost_GG, soon())
     assert links(transitions_LEE, link_cost_GG, gpu_LE) == pytest.approx(optimum)
     assert optimum * (1 - 1e-4) <= bound <= optimum * (1 + 1e-12)
+
+
+def test_stage_ones_program_alone_finds_and_proves_the_optimum() -> None:
+    rng = np.random.default_rng(2)
+    for num_experts, num_gpus, least, most in [(6, 3, 2, 2), (7, 2, 3, 4), (7, 3, 1, 5)]:
+        load_E = rng.lognormal(0, 0.5, num_experts)
+        optimum = least_deviation(load_E[None], num_gpus, least, most)
+        start_E = np.arange(num_experts) % num_gpus
+        found_E, bound = moetuner._cluster_program(load_E, start_E, num_gpus, least, most, 0.0, 20)
+        assert deviation(load_E[None], found_E[None], num_gpus) == pytest.approx(optimum)
+        assert optimum - 1e-5 * load_E.sum() <= bound <= optimum
+
+
+def test_programs_start_from_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The initial values keep every constraint and cost what the incumbent does, in units of the mean."""
+    starts: list[float] = []
+
+    def look(program: pulp.LpProblem, seconds: float) -> Outcome:
+        assert program.valid(1e-9)
+        starts.append(pulp.value(program.objective))
+        return Outcome(False, -np.inf)
+
+    monkeypatch.setattr(moetuner, "minimise", look)
+    rng = np.random.default_rng(0)
+    load_E, cluster_E = rng.lognormal(0, 1, 12), rng.permutation(np.arange(12) % 4)
+    kept_E, bound = moetuner._cluster_program(load_E, cluster_E, 4, 3, 3, 0.1, 1)
+    np.testing.assert_array_equal(kept_E, cluster_E)
+    assert bound == 0.1
+    assert starts[-1] * load_E.sum() / 4 == pytest.approx(deviation(load_E[None], cluster_E[None], 4))
+
+    tokens_LGG, gpu_LG = draw_transitions(rng, 4, 6), rng.permuted(np.tile(np.arange(6), (4, 1)), axis=1)
+    for link_cost_GG in (nodes_of(6, 3, 9.0), nodes_of(6, 6, 9.0), unlike_links(rng, 6)):
+        cost_L = moetuner._links_L(gpu_LG, tokens_LGG, link_cost_GG)
+        kept_LG, _ = moetuner._links_program(gpu_LG, tokens_LGG, link_cost_GG, 0.0, 1)
+        np.testing.assert_allclose(moetuner._links_L(kept_LG, tokens_LGG, link_cost_GG), cost_L)
+        assert starts[-1] * cost_L.sum() / 3 == pytest.approx(cost_L.sum())
 
 
 def test_gpus_that_may_change_names_do_not_change_the_cost() -> None:
@@ -234,7 +277,7 @@ def test_the_result_is_never_worse_than_the_start_and_keeps_its_shares_when_time
     load_LE = rng.dirichlet(np.ones(32), size=4)
     transitions_LEE = draw_transitions(rng, 4, 32)
     link_cost_GG = nodes_of(8, 4, 9.0)
-    good = tune(load_LE, transitions_LEE, link_cost_GG, 4, 4, soon(4))
+    good = tune(load_LE, transitions_LEE, link_cost_GG, 4, 4, soon(2))
     assert good.bound.deviation <= good.cost.deviation
     assert good.bound.links <= good.cost.links
     late = tune(load_LE, transitions_LEE, link_cost_GG, 4, 4, time.monotonic(), start=good.gpu_LE)
