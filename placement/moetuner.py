@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 
 _PROGRAM_SIZE = 50_000
 """Integer programs with more variables and constraints than this finish nothing in minutes."""
-_FEW_GPUS = 6
+_FEW_GPUS = 5
 """All permutations of so many GPUs can be tried in a layer against all in the next."""
 _KICKS = 30
 """So many disturbances in a row that lead to nothing better end the search of stage 1."""
@@ -283,7 +283,7 @@ def assign_clusters(
         seconds = deadline - time.monotonic()
         if size <= _PROGRAM_SIZE and seconds > 0 and cost(gpu_LG) > bound * (1 + TOLERANCE):
             gpu_LG, bound = _links_program(gpu_LG, tokens_LGG, link_cost_GG, bound, seconds)
-    return np.take_along_axis(gpu_LG, cluster_LE, axis=1), min(bound, cost(gpu_LG))
+    return np.take_along_axis(gpu_LG, cluster_LE, axis=1), float(min(bound, cost(gpu_LG)))
 
 
 def _between_groups(transitions_LEE: Floats, group_LE: Assignment, num_groups: int) -> Floats:
