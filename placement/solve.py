@@ -11,7 +11,9 @@ from contextlib import suppress
 import numpy as np
 
 from moetrain.errors import PlacementError
+from moetrain.placement.bounds import bound_hops
 from moetrain.placement.descent import by_assignment, by_swaps, random_assignment
+from moetrain.placement.integer_programs import solve_program
 from moetrain.placement.load import pack
 from moetrain.placement.moetuner import tune
 from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, WeightedSum
@@ -71,7 +73,9 @@ def _lpt(incumbent: Incumbent, rng: np.random.Generator) -> None:
     if load is None:
         raise PlacementError("solver lpt balances load, and the objective has none in it: choose another, as auto")
     seed = int(rng.integers(2**31))
-    gpu_LE, bound_L = pack(load.load_LE, problem.num_gpus, problem.least, problem.most, incumbent.deadline, seed)
+    # Where load is not all that counts, what it costs to pack it better is better spent on the whole.
+    deadline = incumbent.deadline if load is problem.objective else None
+    gpu_LE, bound_L = pack(load.load_LE, problem.num_gpus, problem.least, problem.most, deadline, seed)
     incumbent.offer(gpu_LE, "lpt")
     if load is problem.objective:
         incumbent.prove(float(bound_L.sum()), "lpt")
@@ -117,19 +121,21 @@ def _swaps(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 
 def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
-    """The ladder: everything if that is little, packing where load counts, then descent and search where it does not
-    count alone."""
+    """The ladder: everything, if that is little; packing, where load counts; descents and the search, where it does
+    not count alone; then bounds and, if it is small, the integer program."""
     objective = incumbent.problem.objective
     if isinstance(objective, TwoStages):
         _moetuner(incumbent, rng)
         return
+    exhaust(incumbent, rng)
     load = _load(objective)
-    rungs: list[Solver] = [exhaust]
-    rungs += [] if load is None else [_lpt]
-    rungs += [] if load is objective else [_assignment, search]
-    for rung in rungs:
+    rungs: list[tuple[Solver, float]] = [] if load is None else [(_lpt, 1.0 if load is objective else 0.2)]
+    if load is not objective:
+        rungs += [(_assignment, 1.0), (search, 0.7), (bound_hops, 0.7), (solve_program, 1.0)]
+    for rung, part in rungs:
         if not incumbent.done:
-            rung(incumbent, rng)
+            with incumbent.part(part):
+                rung(incumbent, rng)
 
 
 def _load(objective: Objective) -> LoadTerm | None:
@@ -150,5 +156,6 @@ _SOLVERS: dict[str, Solver] = {
     "assignment": _assignment,
     "swaps": _swaps,
     "search": search,
+    "ilp": solve_program,
 }
 SOLVERS = tuple(_SOLVERS)
