@@ -172,7 +172,7 @@ class HopTerm:
         """An expert has at most `most` partners of the next layer on its own GPU, and only so many within any other
         distance; at best they are its heaviest partners. Either side of a boundary bounds it so."""
         transitions_LEE, bound = self.transitions_LEE, 0.0
-        for nearer, farther, reached in _reaches(self.distance_GG[:num_gpus, :num_gpus]):
+        for nearer, farther, reached in reaches(self.distance_GG[:num_gpus, :num_gpus]):
             rest = max(transitions_LEE.shape[1] - reached * most, 0)
             forward_L = np.sort(transitions_LEE, axis=2)[:, :, :rest].sum((1, 2))
             backward_L = np.sort(transitions_LEE, axis=1)[:, :rest].sum((1, 2))
@@ -430,7 +430,7 @@ def _uniform(distance_GG: Table) -> bool:
     )
 
 
-def _reaches(distance_GG: Table) -> list[tuple[float, float, int]]:
+def reaches(distance_GG: Table) -> list[tuple[float, float, int]]:
     """(d, the next larger distance, at most how many GPUs are within d of any GPU), for every distance but the last."""
     steps = np.unique(np.append(distance_GG, 0.0))
     return [

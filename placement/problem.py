@@ -6,7 +6,8 @@ Shapes: L layers, E experts, G GPUs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import cast
@@ -144,6 +145,16 @@ class Incumbent:
     @property
     def done(self) -> bool:
         return self.optimal or time.monotonic() >= self.deadline
+
+    @contextmanager
+    def part(self, fraction: float) -> Iterator[None]:
+        """For a while the deadline is after this fraction of the time that is left."""
+        deadline = self.deadline
+        self.deadline = time.monotonic() + fraction * self.seconds_left
+        try:
+            yield
+        finally:
+            self.deadline = deadline
 
     def solution(self) -> Solution:
         placement = Placement(self.gpu_LE, self.problem.num_gpus)

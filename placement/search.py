@@ -186,11 +186,11 @@ def _renamings(problem: Problem, layer: int, gpu_XE: Assignment, gpu_YE: Assignm
 def _distinct(problem: Problem, assignments: list[Assignment]) -> Assignment:
     """[X, E]: the assignments of a layer without repetitions, be it under other names where they do not matter."""
     if problem.term.symmetric:
-        assignments = [_named_in_order(gpu_E) for gpu_E in assignments]
+        assignments = [named_in_order(gpu_E) for gpu_E in assignments]
     return np.unique(assignments, axis=0)
 
 
-def _named_in_order(gpu_E: Assignment) -> Assignment:
+def named_in_order(gpu_E: Assignment) -> Assignment:
     """The same groups of experts on GPUs in order of their first experts."""
     _, first, group_E = np.unique(gpu_E, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[group_E]

@@ -4,14 +4,17 @@ from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
+import pulp
 import pytest
 
 from moetrain.errors import PlacementError
-from moetrain.placement.objectives import HopTerm, LoadTerm, objective
+from moetrain.placement.bounds import bound_hops, semidefinite_bounds
+from moetrain.placement.objectives import HopTerm, LoadTerm, TrafficTerm, WeightedSum, objective
 from moetrain.placement.placement import Assignment, Placement
-from moetrain.placement.problem import Problem
+from moetrain.placement.problem import Incumbent, Problem
 from moetrain.placement.search import all_assignments, anneal, recombine
 from moetrain.placement.solve import SOLVERS, solve
+from moetrain.placement.statistics import load_LE, transitions_LEE
 from moetrain.placement.topology import Topology
 from moetrain.placement.trace import Trace
 
@@ -76,12 +79,12 @@ def test_every_solver_keeps_what_it_is_given(solver, name):
     start = Placement(rng.permuted(np.tile(np.arange(8) // 2, (3, 1)), axis=1), 4)
     seen = []
     needs = {"lpt": ("load", "load+hops"), "eplb": ("load", "load+hops"), "moetuner": ("moetuner",)}
-    tables = solver in ("assignment", "swaps", "search")
+    tables = solver in ("assignment", "swaps", "search", "ilp")
     if name not in needs.get(solver, (name,)) or (tables and name == "moetuner"):
         with pytest.raises(PlacementError, match="solver"):
             solve(problem, solver)
         return
-    solution = solve(problem, solver, time_limit=1, start=start, progress=lambda *facts: seen.append(facts))
+    solution = solve(problem, solver, time_limit=0.5, start=start, progress=lambda *facts: seen.append(facts))
     assert problem.misfit(solution.placement.gpu_LE) is None
     assert solution.cost == pytest.approx(problem.objective.cost(solution.placement.gpu_LE))
     contiguous = Placement.contiguous(3, 8, 4)
@@ -101,7 +104,7 @@ def test_hops_beat_restarts_of_a_descent():
     transitions /= transitions.sum((1, 2), keepdims=True)
     problem = Problem.equal(HopTerm(transitions, 1.0 - np.eye(4)), 6, 16, 4)
     planted = problem.objective.cost(group_LE)
-    assert solve(problem, time_limit=5).cost <= planted + 1e-12
+    assert solve(problem, "search", time_limit=1).cost <= planted + 1e-12
     assert solve(problem, "assignment").cost > planted * 1.2
 
 
@@ -163,3 +166,95 @@ def test_no_time_at_all():
     solution = solve(problem, time_limit=0)
     assert solution.solver == "contiguous"
     assert 0 < solution.gap < 1
+
+
+def exflow(expert_SL: np.ndarray, num_experts: int, num_gpus: int) -> float:
+    """ExFlow's program as in the paper's section IV and its authors' code, a variable for each token and boundary."""
+    layers, gpus = range(expert_SL.shape[1]), range(num_gpus)
+    program = pulp.LpProblem("ExFlow", pulp.LpMinimize)
+    x = {
+        (layer, expert, gpu): program.add_variable(f"x_{layer}_{expert}_{gpu}", cat=pulp.LpBinary)
+        for layer, expert, gpu in product(layers, range(num_experts), gpus)
+    }
+    for layer in layers:
+        for expert in range(num_experts):
+            program += pulp.lpSum(x[layer, expert, gpu] for gpu in gpus) == 1
+        for gpu in gpus:
+            program += pulp.lpSum(x[layer, expert, gpu] for expert in range(num_experts)) == num_experts // num_gpus
+    costs = []
+    for token, expert_L in enumerate(expert_SL):
+        for layer in layers[1:]:
+            cost = program.add_variable(f"cost_{token}_{layer}", cat=pulp.LpBinary)
+            for gpu in gpus:
+                here, there = x[layer - 1, expert_L[layer - 1], gpu], x[layer, expert_L[layer], gpu]
+                program += cost >= here - there
+                program += cost >= there - here
+            costs.append(cost)
+    program.setObjective(pulp.lpSum(costs))
+    program.solve(pulp.HiGHS(msg=False))
+    assert program.sol_status == pulp.LpSolutionOptimal
+    return pulp.value(program.objective) / len(expert_SL)
+
+
+@pytest.mark.parametrize("solver", ["ilp", "auto"])
+@pytest.mark.parametrize(("seed", "experts", "gpus"), [(0, 6, 2), (1, 6, 3), (2, 4, 4)])
+def test_exflow_transcribed(solver, seed, experts, gpus):
+    trace = draw_trace(seed, layers=3, experts=experts, top_k=1, tokens=16)
+    problem = Problem.equal(objective("hops", trace, Topology.uniform(gpus)), 3, experts, gpus)
+    solution = solve(problem, solver)
+    assert solution.cost == pytest.approx(exflow(trace.expert_ids_SLK[:, :, 0], experts, gpus))
+    assert solution.gap <= 2e-6
+
+
+@pytest.mark.parametrize("name", ["load", "hops", "traffic", "load+0.3*traffic+0.5*hops"])
+@pytest.mark.parametrize(("experts", "gpus", "least", "most"), [(4, 2, 2, 2), (4, 3, 1, 2), (4, 3, 0, 3)])
+def test_integer_programs_against_everything(name, experts, gpus, least, most):
+    """On two nodes, where names matter, and from a poor start: a bound that were too high would end above the best."""
+    trace = draw_trace(experts, layers=2, experts=experts, gpus=gpus, tokens=30)
+    distance_GG = np.where(np.arange(gpus)[:, None] // 2 == np.arange(gpus) // 2, 1.0, 4.0) * (1 - np.eye(gpus))
+    terms = [part.split("*") for part in name.split("+")]
+    problem = Problem(named_sum(terms, trace, distance_GG), 2, experts, gpus, least, most)
+    best = min(problem.objective.cost(gpu_LE) for gpu_LE in everything(problem))
+    for solver in ("ilp", "auto"):
+        solution = solve(problem, solver)
+        assert solution.cost == pytest.approx(best)
+        assert best * (1 - 3e-6) <= solution.bound <= best * (1 + 1e-12)
+
+
+def named_sum(terms: list[list[str]], trace: Trace, distance_GG: np.ndarray) -> WeightedSum:
+    every = {
+        "load": LoadTerm(load_LE(trace)),
+        "hops": HopTerm(transitions_LEE(trace), distance_GG),
+        "traffic": TrafficTerm.from_trace(trace, distance_GG),
+    }
+    return WeightedSum([(float(term[0]) if len(term) > 1 else 1.0, every[term[-1]]) for term in terms])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_semidefinite_bounds_hold(seed):
+    """Below the optimum of instances small enough to try everything, well above what counting partners gives."""
+    transitions = chain(seed, 3, 8)
+    for gpus in (2, 4):
+        problem = Problem.equal(HopTerm(transitions, 1.0 - np.eye(gpus)), 3, 8, gpus)
+        best = solve(problem)
+        assert best.gap == 0
+        bounds = list(semidefinite_bounds(transitions, gpus, np.inf))
+        assert max(bounds) <= best.cost + 1e-9
+        counted = problem.objective.lower_bound(gpus, problem.least, problem.most)
+        assert max(bounds) > counted + 0.3 * (best.cost - counted)
+
+
+def test_bound_of_hops_between_islands():
+    """Four GPUs on two nodes: hops within a node cost 1, between nodes 3."""
+    transitions = chain(5, 3, 8)
+    node_G = np.arange(4) // 2
+    distance_GG = np.where(np.eye(4, dtype=bool), 0.0, np.where(node_G[:, None] == node_G, 1.0, 3.0))
+    problem = Problem.equal(HopTerm(transitions, distance_GG), 3, 8, 4)
+    best = solve(problem)
+    assert best.gap == 0
+    incumbent = Incumbent(problem, best.placement.gpu_LE, 60, None)
+    incumbent.offer(best.placement.gpu_LE, "best")
+    bound_hops(incumbent, np.random.default_rng(0))
+    assert problem.objective.lower_bound(4, 2, 2) < incumbent.bound <= best.cost
+    uneven = Problem(problem.objective, 3, 8, 4, 1, 3)
+    assert solve(uneven, "search", time_limit=1).bound < best.cost
