@@ -140,7 +140,7 @@ class HopTerm:
 
     @property
     def symmetric(self) -> bool:
-        return _uniform(self.distance_GG)
+        return uniform(self.distance_GG)
 
     def cost(self, gpu_LE: Assignment) -> float:
         distance_LEE = self.distance_GG[gpu_LE[:-1, :, None], gpu_LE[1:, None, :]]
@@ -422,7 +422,7 @@ def transport(cost_EG: Table, least: int, most: int) -> NDArray[np.int64]:
     return slots[linear_sum_assignment(cost)[1][:num_experts]]
 
 
-def _uniform(distance_GG: Table) -> bool:
+def uniform(distance_GG: Table) -> bool:
     """All GPUs are equally far from one another, and from themselves."""
     off_diagonal = ~np.eye(len(distance_GG), dtype=bool)
     return all(

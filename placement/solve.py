@@ -11,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 
 from moetrain.errors import PlacementError
-from moetrain.placement.bounds import bound_hops
+from moetrain.placement.bounds import raise_bound
 from moetrain.placement.descent import by_assignment, by_swaps, random_assignment
 from moetrain.placement.integer_programs import solve_program
 from moetrain.placement.load import pack
@@ -131,7 +131,7 @@ def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
     load = _load(objective)
     rungs: list[tuple[Solver, float]] = [] if load is None else [(_lpt, 1.0 if load is objective else 0.2)]
     if load is not objective:
-        rungs += [(_assignment, 1.0), (search, 0.7), (bound_hops, 0.7), (solve_program, 1.0)]
+        rungs += [(_assignment, 1.0), (search, 0.7), (raise_bound, 0.7), (solve_program, 1.0)]
     for rung, part in rungs:
         if not incumbent.done:
             with incumbent.part(part):

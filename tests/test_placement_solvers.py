@@ -8,7 +8,7 @@ import pulp
 import pytest
 
 from moetrain.errors import PlacementError
-from moetrain.placement.bounds import bound_hops, semidefinite_bounds
+from moetrain.placement.bounds import raise_bound
 from moetrain.placement.objectives import HopTerm, LoadTerm, TrafficTerm, WeightedSum, objective
 from moetrain.placement.placement import Assignment, Placement
 from moetrain.placement.problem import Incumbent, Problem
@@ -231,17 +231,35 @@ def named_sum(terms: list[list[str]], trace: Trace, distance_GG: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_semidefinite_bounds_hold(seed):
+def test_most_together_hold(seed):
     """Below the optimum of instances small enough to try everything, well above what counting partners gives."""
     transitions = chain(seed, 3, 8)
     for gpus in (2, 4):
         problem = Problem.equal(HopTerm(transitions, 1.0 - np.eye(gpus)), 3, 8, gpus)
         best = solve(problem)
         assert best.gap == 0
-        bounds = list(semidefinite_bounds(transitions, gpus, np.inf))
-        assert max(bounds) <= best.cost + 1e-9
+        incumbent = Incumbent(problem, best.placement.gpu_LE, 60, None)
+        incumbent.offer(best.placement.gpu_LE, "best")
+        raise_bound(incumbent, np.random.default_rng(0))
+        assert incumbent.bound <= best.cost + 1e-9
         counted = problem.objective.lower_bound(gpus, problem.least, problem.most)
-        assert max(bounds) > counted + 0.3 * (best.cost - counted)
+        assert incumbent.bound > counted + 0.3 * (best.cost - counted)
+
+
+@pytest.mark.parametrize("sources", [True, False])
+@pytest.mark.parametrize(("top_k", "gpus"), [(2, 2), (3, 4), (4, 4)])
+def test_semidefinite_bounds_on_traffic_hold(top_k, gpus, sources):
+    trace = draw_trace(top_k, layers=2, experts=8, top_k=top_k, gpus=gpus)
+    trace = trace if sources else Trace(trace.expert_ids_SLK, 8)
+    problem = Problem.equal(objective("traffic", trace, Topology.uniform(gpus)), 2, 8, gpus)
+    best = solve(problem)
+    assert best.gap == 0
+    incumbent = Incumbent(problem, best.placement.gpu_LE, 60, None)
+    incumbent.offer(best.placement.gpu_LE, "best")
+    raise_bound(incumbent, np.random.default_rng(0))
+    counted = problem.objective.lower_bound(gpus, problem.least, problem.most)
+    assert counted <= incumbent.bound <= best.cost + 1e-9
+    assert incumbent.bound > 0.8 * best.cost
 
 
 def test_bound_of_hops_between_islands():
@@ -254,7 +272,7 @@ def test_bound_of_hops_between_islands():
     assert best.gap == 0
     incumbent = Incumbent(problem, best.placement.gpu_LE, 60, None)
     incumbent.offer(best.placement.gpu_LE, "best")
-    bound_hops(incumbent, np.random.default_rng(0))
+    raise_bound(incumbent, np.random.default_rng(0))
     assert problem.objective.lower_bound(4, 2, 2) < incumbent.bound <= best.cost
     uneven = Problem(problem.objective, 3, 8, 4, 1, 3)
     assert solve(uneven, "search", time_limit=1).bound < best.cost
