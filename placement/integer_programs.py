@@ -25,24 +25,18 @@ from moetrain.placement.search import named_in_order, polish
 
 _TOLERANCE = 1e-6
 """Of HiGHS and CBC, taken off their bounds."""
-_LARGEST = 200_000
-"""Constraints; programs with more than that take minutes to write down."""
+_LARGEST = 150_000
+"""Coefficients; programs with more take long to write down, and what HiGHS proves of them in minutes is nothing."""
 
 
 def solve_program(incumbent: Incumbent, rng: np.random.Generator) -> None:
     """Descend, then solve the integer program from there until the deadline; a program too large is left alone."""
     problem = incumbent.problem
     incumbent.offer(polish(problem, incumbent.gpu_LE, incumbent.deadline), "descent")
-    if incumbent.done or num_constraints(problem) > _LARGEST:
+    if incumbent.done or size(problem) > _LARGEST:
         return
-    start_LE = incumbent.gpu_LE
-    if problem.term.symmetric:
-        names_G = np.full(problem.num_gpus, -1)
-        names_G[start_LE[0]] = named_in_order(start_LE[0])
-        names_G[names_G < 0] = np.setdiff1d(np.arange(problem.num_gpus), names_G)
-        start_LE = names_G[start_LE]
     scale = 1 / incumbent.cost
-    written = _Program(problem, start_LE, scale)
+    written = Program(problem, incumbent.gpu_LE, scale)
     outcome = minimise(written.program, incumbent.seconds_left)
     if outcome.found:
         value_LEG = np.array([[[place.varValue for place in of_E] for of_E in of_L] for of_L in written.place_LEG])
@@ -50,14 +44,14 @@ def solve_program(incumbent: Incumbent, rng: np.random.Generator) -> None:
     incumbent.prove((outcome.bound - _TOLERANCE) / scale, "ilp")
 
 
-def num_constraints(problem: Problem) -> int:
-    """About how many constraints the program has."""
-    gpus, total = problem.num_gpus, problem.num_layers * (problem.num_experts + problem.num_gpus)
+def size(problem: Problem) -> int:
+    """About how many coefficients the program has."""
+    gpus, total = problem.num_gpus, 3 * problem.num_layers * problem.num_experts * problem.num_gpus
     for _, term in _terms(problem.objective):
         if isinstance(term, HopTerm):
-            total += int(np.count_nonzero(term.transitions_LEE)) * gpus
+            total += int(np.count_nonzero(term.transitions_LEE)) * gpus * (gpus + 1)
         if isinstance(term, TrafficTerm):
-            total += sum(len(rows.row_N) for rows in term.rows) * gpus
+            total += sum(len(rows.row_N) for rows in term.rows) * gpus * 2
     return total
 
 
@@ -65,10 +59,15 @@ def _terms(objective: Objective) -> list[tuple[float, Objective]]:
     return list(objective.terms) if isinstance(objective, WeightedSum) else [(1.0, objective)]
 
 
-class _Program:
+class Program:
     """The program with its variables at a placement to start from; costs are times `scale`."""
 
     def __init__(self, problem: Problem, start_LE: Assignment, scale: float):
+        if problem.term.symmetric:
+            names_G = np.full(problem.num_gpus, -1)
+            names_G[start_LE[0]] = named_in_order(start_LE[0])
+            names_G[names_G < 0] = np.setdiff1d(np.arange(problem.num_gpus), names_G)
+            start_LE = names_G[start_LE]
         self.problem = problem
         self.start_LE = start_LE
         self.program = pulp.LpProblem("placement", pulp.LpMinimize)

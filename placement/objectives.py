@@ -118,11 +118,12 @@ class LoadTerm:
         return float(load_bound_L(self.load_LE, num_gpus, least, most).sum())
 
     def _totals(self, layer: int, gpu_LE: Assignment, num_gpus: int) -> tuple[Table, Table]:
-        """[G]: the load of each GPU; [G, G]: the largest among all GPUs but two."""
+        """[G]: the load of each GPU; [G, G]: the largest among the others, where it matters for an exchange of two."""
         total_G: Table = np.bincount(gpu_LE[layer], self.load_LE[layer], minlength=num_gpus).astype(np.float64)
         gpus = np.arange(num_gpus)
         others_GG = np.full((num_gpus, num_gpus), -np.inf)
-        for gpu in np.argsort(-total_G)[2::-1]:
+        # The two fullest are enough: whatever two GPUs exchange, the fuller of them has at least their mean.
+        for gpu in np.argsort(-total_G)[1::-1]:
             others_GG[(gpus[:, None] != gpu) & (gpus != gpu)] = total_G[gpu]
         return total_G, others_GG
 

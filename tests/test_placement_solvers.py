@@ -8,11 +8,13 @@ import pulp
 import pytest
 
 from moetrain.errors import PlacementError
-from moetrain.placement.bounds import raise_bound
+from moetrain.placement.bounds import most_together, raise_bound
+from moetrain.placement.descent import by_swaps
+from moetrain.placement.integer_programs import Program, solve_program
 from moetrain.placement.objectives import HopTerm, LoadTerm, TrafficTerm, WeightedSum, objective
 from moetrain.placement.placement import Assignment, Placement
 from moetrain.placement.problem import Incumbent, Problem
-from moetrain.placement.search import all_assignments, anneal, recombine
+from moetrain.placement.search import all_assignments, anneal, named_in_order, recombine
 from moetrain.placement.solve import SOLVERS, solve
 from moetrain.placement.statistics import load_LE, transitions_LEE
 from moetrain.placement.topology import Topology
@@ -120,13 +122,17 @@ def test_recombination_takes_the_best_layers_and_names():
 
 
 @pytest.mark.parametrize("name", ["hops", "load+traffic"])
-def test_annealing_keeps_the_bounds(name):
+def test_annealing_and_descent_keep_the_bounds(name):
     trace = draw_trace(1, experts=7, gpus=3)
     problem = Problem(objective(name, trace, Topology.uniform(3)), 3, 7, 3, 1, 3)
     rng = np.random.default_rng(0)
     start = Placement.contiguous(3, 7, 3).gpu_LE
     for heat in (0.1, 2.0):
         assert problem.misfit(anneal(problem, start, heat, 20, rng, np.inf)) is None
+    descended = by_swaps(problem, start, np.inf)
+    assert problem.misfit(descended) is None
+    if name == "hops":
+        assert not np.array_equal(Placement(descended, 3).experts_LG, Placement(start, 3).experts_LG)
 
 
 def test_same_seed_same_answer():
@@ -215,10 +221,24 @@ def test_integer_programs_against_everything(name, experts, gpus, least, most):
     terms = [part.split("*") for part in name.split("+")]
     problem = Problem(named_sum(terms, trace, distance_GG), 2, experts, gpus, least, most)
     best = min(problem.objective.cost(gpu_LE) for gpu_LE in everything(problem))
-    for solver in ("ilp", "auto"):
-        solution = solve(problem, solver)
-        assert solution.cost == pytest.approx(best)
-        assert best * (1 - 3e-6) <= solution.bound <= best * (1 + 1e-12)
+    start_LE = Placement.contiguous(2, experts, gpus).gpu_LE
+    incumbent = Incumbent(problem, start_LE, 60, None)
+    incumbent.offer(start_LE, "contiguous")
+    solve_program(incumbent, np.random.default_rng(0))
+    assert incumbent.cost == pytest.approx(best)
+    assert best * (1 - 1e-5) <= incumbent.bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["load", "hops", "traffic", "load+0.3*traffic+0.5*hops"])
+def test_integer_programs_start_from_a_placement(name):
+    """Under names that the program allows, at the placement's cost."""
+    trace = Trace(draw_trace(0).expert_ids_SLK, 6)
+    problem = Problem.equal(objective(name, trace, Topology.uniform(3)), 3, 6, 3)
+    start_LE = np.random.default_rng(0).permuted(np.tile(np.arange(6) // 2, (3, 1)), axis=1)
+    assert not np.array_equal(named_in_order(start_LE[0]), start_LE[0])
+    program = Program(problem, start_LE, 10.0).program
+    assert program.valid(1e-9)
+    assert pulp.value(program.objective) == pytest.approx(10 * problem.objective.cost(start_LE))
 
 
 def named_sum(terms: list[list[str]], trace: Trace, distance_GG: np.ndarray) -> WeightedSum:
@@ -244,6 +264,18 @@ def test_most_together_hold(seed):
         assert incumbent.bound <= best.cost + 1e-9
         counted = problem.objective.lower_bound(gpus, problem.least, problem.most)
         assert incumbent.bound > counted + 0.3 * (best.cost - counted)
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0, 30.0])
+def test_multipliers_bound_at_any_time(weight):
+    """After a single step too: of four pairs, two on each of two GPUs, two can be kept."""
+    weight_NN = np.kron(np.eye(4), [[0, weight], [weight, 0]]) + 0.5 * weight * (1 - np.eye(8))
+    within = np.arange(8) // 4
+    best = weight_NN[within[:, None] == within].sum()
+    for deadline in (-np.inf, np.inf):
+        bounds = list(most_together(weight_NN, [8], 2, deadline))
+        assert min(bounds) >= best * (1 - 1e-9)
+    assert min(bounds) == pytest.approx(best, rel=0.02)
 
 
 @pytest.mark.parametrize("sources", [True, False])
@@ -274,5 +306,11 @@ def test_bound_of_hops_between_islands():
     incumbent.offer(best.placement.gpu_LE, "best")
     raise_bound(incumbent, np.random.default_rng(0))
     assert problem.objective.lower_bound(4, 2, 2) < incumbent.bound <= best.cost
+
+    # One expert a GPU, all transitions alike: one partner is here, one on the node, and two are on the other.
+    alike = Problem.equal(HopTerm(np.full((1, 4, 4), 1 / 16), distance_GG), 2, 4, 4)
+    incumbent = Incumbent(alike, Placement.contiguous(2, 4, 4).gpu_LE, 60, None)
+    raise_bound(incumbent, np.random.default_rng(0))
+    assert incumbent.bound == pytest.approx((1 * 1 + 2 * 3) / 4)
     uneven = Problem(problem.objective, 3, 8, 4, 1, 3)
     assert solve(uneven, "search", time_limit=1).bound < best.cost
