@@ -129,7 +129,7 @@ def best_chain(problem: Problem, candidates: Sequence[Assignment], rename: bool 
 def exhaust(incumbent: Incumbent, rng: np.random.Generator) -> None:
     """Solve to optimality by trying everything, if that is not too much."""
     problem = incumbent.problem
-    for rename, limit in ((True, 150), (False, 1500)):
+    for rename, limit in ((True, 150), (False, 3000)):
         if problem.term.symmetric or not rename:
             gpu_XE = all_assignments(problem, rename, limit)
             if gpu_XE is not None:
