@@ -246,6 +246,25 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    """A sample of which experts tokens go to, for `moetrain trace` and `moetrain place`."""
+
+    every: int = 0
+    """Steps between two recordings; 0: off."""
+    tokens: int = 1024
+    """Tokens that each rank samples from its first micro-batch of such a step (at most: all)."""
+    dir: str | None = None
+    """Folder of the recordings; default <run.dir>/trace."""
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Where the experts live."""
+
+    trace: TraceConfig = field(default_factory=TraceConfig)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, what to keep and where to start."""
 
@@ -297,9 +316,16 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @property
+    def trace_folder(self) -> Path:
+        """Where recordings of the routing are written."""
+        folder = self.placement.trace.dir
+        return Path(self.run.dir) / "trace" if folder is None else Path(folder)
 
     def micro_batch(self, dp: int) -> int:
         """Sequences of one forward pass on one of `dp` data-parallel ranks."""
@@ -476,6 +502,7 @@ def check(config: Config) -> None:
         "optim.eps": optim.eps,
         "parallel.tp": parallel.tp,
         "parallel.ep": parallel.ep,
+        "placement.trace.tokens": config.placement.trace.tokens,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "metrics.every": config.metrics.every,
         "run.timeout_minutes": config.run.timeout_minutes,
@@ -494,6 +521,7 @@ def check(config: Config) -> None:
         "optim.clip_norm": optim.clip_norm,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.decay_steps": optim.decay_steps,
+        "placement.trace.every": config.placement.trace.every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every": config.eval.every,
@@ -562,6 +590,12 @@ def check(config: Config) -> None:
         _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, f"must divide model.num_experts = {experts}")
     else:
         _require(parallel.ep == 1, "parallel.ep", parallel.ep, "a dense model (model.num_experts = 0) has no experts")
+        _require(
+            config.placement.trace.every == 0,
+            "placement.trace.every",
+            config.placement.trace.every,
+            "a dense model (model.num_experts = 0) has no routing to record",
+        )
     if router.capacity_factor is not None:
         _require(
             0 < router.capacity_factor < math.inf,

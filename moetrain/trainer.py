@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -51,10 +51,12 @@ from moetrain.parallel import (
     raise_together,
     watchdog,
 )
+from moetrain.placement.trace import save_trace
 from moetrain.plot import plot_losses
 from moetrain.ranks import joined_mesh
 from moetrain.router import RouterStats, RoutingTotals
 from moetrain.state import logical_tensors
+from moetrain.trace_recorder import TraceRecorder, drop_after, recording_name
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Asked to stop, a run finishes its step, saves and ends with exit code 0."""
@@ -145,6 +147,13 @@ class Trainer:
             # Going on from an earlier step of this folder leaves the later ones to the course they belong to.
             resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
+        self.recorder = TraceRecorder(
+            self.model.routers(),
+            self.model.moe_layers,
+            tokens=config.placement.trace.tokens,
+            seed=config.train.seed,
+            rank=mesh.rank,
+        )
         if config.train.compile:
             start_compile_workers()
             self.model.compile_dense_parts()
@@ -224,6 +233,8 @@ class Trainer:
         progress.bad_steps_in_a_row = 0 if finite else progress.bad_steps_in_a_row + 1
         if progress.step == 1 or _due(progress.step, config.metrics.every) or progress.step == config.train.steps:
             self._report(loss, norm, lr, routing)
+        if _due(progress.step, config.placement.trace.every):
+            self._save_trace()
         if not finite:
             self._check_bad_steps(norm)
 
@@ -237,12 +248,13 @@ class Trainer:
             watchdog.moved(f"step {self.progress.step + 1}")
             with self.throughput.data_loading():
                 batch = next(batches).to(self.mesh.device)
-            hidden_BSD, layer_stats = self.engine.forward(
-                batch.tokens_BS,
-                batch.documents_BS,
-                prior_load_LE=routing.load_LE if micro_step else None,
-                noise_seed=self._noise_seed(micro_step),
-            )
+            with self._recording(micro_step):
+                hidden_BSD, layer_stats = self.engine.forward(
+                    batch.tokens_BS,
+                    batch.documents_BS,
+                    prior_load_LE=routing.load_LE if micro_step else None,
+                    noise_seed=self._noise_seed(micro_step),
+                )
             # The mean over all tokens of the global batch, whatever the split; see parallel/gradients.py.
             share = self.model.cross_entropy(hidden_BSD, batch.targets_BS) / config.train.tokens_per_step
             auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.world_size)
@@ -250,6 +262,17 @@ class Trainer:
             loss += share.detach()
             routing.add(layer_stats)
         return loss, routing
+
+    def _recording(self, micro_step: int) -> AbstractContextManager[None]:
+        """Around a forward pass: records the first one of a step that placement.trace asks for."""
+        step = self.progress.step + 1
+        due = micro_step == 0 and _due(step, self.config.placement.trace.every)
+        return self.recorder.recording(step) if due else nullcontext()
+
+    def _save_trace(self) -> None:
+        folder = self.config.trace_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trace(folder / recording_name(self.progress.step, self.mesh.rank), self.recorder.trace())
 
     def _update_router_biases(self, routing: RoutingTotals) -> None:
         if self.config.router.bias_update_rate > 0:
@@ -375,6 +398,8 @@ class Trainer:
 
     def _open_logs(self, source: Path | None) -> None:
         write_text(self.folder / "config.yaml", to_yaml(self.config))
+        if self.config.placement.trace.every:
+            drop_after(self.config.trace_folder, self.progress.step)
         self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
         self._announce(source)
 
