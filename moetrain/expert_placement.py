@@ -47,7 +47,9 @@ def configured_placement(config: Config) -> Placement | None:
     try:
         placement = load_placement(Path(config.placement.file))
     except PlacementError as error:
-        raise PlacementError(f"placement.file: {error}") from None
+        raise PlacementError(
+            f"placement.file: {error}; `moetrain place` makes such files, and null leaves experts as they are numbered"
+        ) from None
     key = f"placement.file = {config.placement.file}"
     if (placement.num_layers, placement.num_experts) != (layers, model.num_experts):
         raise PlacementError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,15 @@ from torch import Tensor
 
 from moetrain import rebalance
 from moetrain.checkpoint import contents, load, read_manifest, verify
-from moetrain.checkpoint_commands import info_command
+from moetrain.cli import main
 from moetrain.config import Config, from_dict
 from moetrain.errors import ConfigError, PlacementError
+from moetrain.expert_placement import initial_placement
+from moetrain.files import sha256
 from moetrain.parallel import create_mesh, destroy_mesh, migration
 from moetrain.parallel.mock import MockWorld, RankError
 from moetrain.placement.placement import Placement, save_placement
-from moetrain.plan import make_plan
+from moetrain.plan import make_plan, plan_command
 from moetrain.trainer import Trainer
 
 LAYERS, EXPERTS = 2, 8
@@ -199,40 +200,149 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-RESUMES = [
-    # ranks, ep, seed of the placement (None: none), overrides
-    (2, 2, 1, []),  # another placement
-    (2, 2, None, []),
-    (1, 1, None, []),
-    (4, 4, 0, []),
-    (4, 2, 0, ["parallel.fsdp=true"]),
-    (8, 2, 2, ["parallel.fsdp=true"]),
-]
-
-
-@pytest.mark.parametrize("saved_by", [(2, []), (4, ["parallel.fsdp=true"])], ids=["replicated", "fsdp"])
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "resumes"),
+    [
+        # Resumed by (ranks, ep, seed of the placement or None without one, overrides).
+        (2, [], [(2, 2, 1, []), (1, 1, None, []), (4, 2, 2, ["parallel.fsdp=true"])]),
+        (4, ["parallel.fsdp=true"], [(2, 2, None, []), (4, 4, 0, []), (8, 2, 1, ["parallel.fsdp=true"])]),
+    ],
+    ids=["replicated", "fsdp"],
+)
 def test_checkpoints_do_not_know_where_experts_were(
-    tmp_path: Path, data_folder: Path, saved_by: tuple[int, list[str]]
+    tmp_path: Path, data_folder: Path, ranks: int, overrides: list[str], resumes: list[tuple[int, int, int | None, Any]]
 ) -> None:
-    """Saved after three steps under one placement, and trained on under others, against one rank without a break."""
+    """Saved after two steps under a placement, and trained on under others, against one rank without a break."""
     common = ["optim.schedule=constant", "optim.warmup_steps=0", "eval.tokens=16"]
 
     def config(name: str, ranks: int, steps: int, *overrides: str) -> Config:
         shape = [f"train.micro_batch={32 // ranks}", f"train.steps={steps}"]
         return config_of(tmp_path / name, data_folder, *common, *shape, *overrides)
 
-    MockWorld(1).run(run, config("straight", 1, 5))
-    expected = tensors_of(tmp_path / "straight" / "checkpoints" / "step-00000005")
-    ranks, overrides = saved_by
-    MockWorld(ranks).run(run, config("saved", ranks, 3, "parallel.ep=2", placement_file(tmp_path, 2), *overrides))
-    saved = tmp_path / "saved" / "checkpoints" / "step-00000003"
+    MockWorld(1).run(run, config("straight", 1, 3))
+    expected = tensors_of(tmp_path / "straight" / "checkpoints" / "step-00000003")
+    MockWorld(ranks).run(run, config("saved", ranks, 2, "parallel.ep=2", placement_file(tmp_path, 2), *overrides))
+    saved = tmp_path / "saved" / "checkpoints" / "step-00000002"
     assert read_manifest(saved).progress["placement"]["slots"] == random_placement(2).slots_LE.tolist()
-    for number, (ranks, ep, seed, more) in enumerate(RESUMES):
+    for number, (ranks, ep, seed, more) in enumerate(resumes):
         placed = [] if seed is None else [placement_file(tmp_path, ep, seed)]
         resume = [f"parallel.ep={ep}", f"checkpoint.resume={saved}", *placed, *more]
-        MockWorld(ranks).run(run, config(f"resumed-{number}", ranks, 5, *resume))
-        tensors = tensors_of(tmp_path / f"resumed-{number}" / "checkpoints" / "step-00000005")
+        MockWorld(ranks).run(run, config(f"resumed-{number}", ranks, 3, *resume))
+        tensors = tensors_of(tmp_path / f"resumed-{number}" / "checkpoints" / "step-00000003")
         assert tensors.keys() == expected.keys()
         for name, tensor in tensors.items():
             error = float((tensor - expected[name]).norm())
             assert error <= 1e-10 * float(expected[name].norm()), (number, name)
+
+
+def test_experts_stay_where_a_checkpoint_had_them(
+    tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a move, a run that goes on from a checkpoint is the same to the bit as if it had not stopped."""
+    settings = ["parallel.ep=2", "train.micro_batch=16", "eval.tokens=16", "train.steps=6", *REBALANCE]
+    straight, resumed = (tmp_path / name / "checkpoints" for name in ("straight", "resumed"))
+    MockWorld(2).run(run, config_of(straight.parent, data_folder, *settings, "checkpoint.every=5"), skew)
+    source = straight / "step-00000005"
+    go_on = [*settings, f"checkpoint.resume={source}", "placement.rebalance.every=0"]
+    MockWorld(2).run(run, config_of(resumed.parent, data_folder, *go_on))
+    expected, tensors = (tensors_of(path / "step-00000006") for path in (straight, resumed))
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+    slots = [read_manifest(path).progress["placement"]["slots"] for path in (source, resumed / "step-00000006")]
+    contiguous = Placement.contiguous(LAYERS, EXPERTS, 2)
+    assert slots[0] == slots[1] != contiguous.slots_LE.tolist()
+
+    capsys.readouterr()
+    assert main(["checkpoint", "info", str(source)]) == 0
+    moved = int((np.array(slots[0]) // 4 != contiguous.gpu_LE).sum())
+    assert f"placement: on 2 ranks, {moved} of 16 experts elsewhere" in capsys.readouterr().out
+
+
+def progress_of(**record: Any) -> dict[str, Any]:
+    return {"placement": {"num_gpus": 2, "slots": random_placement(2, 5).slots_LE.tolist(), **record}}
+
+
+def test_file_or_checkpoint(tmp_path: Path) -> None:
+    """A placement.file that is as it was leaves experts where they had moved to; a new one counts."""
+    key = placement_file(tmp_path, 2)
+    path = Path(key.removeprefix("placement.file="))
+    config = config_of(tmp_path, tmp_path, "parallel.ep=2", key)
+    of_file, moved = random_placement(2).slots_LE.tolist(), progress_of(file_sha256=sha256(path))
+
+    def slots(config: Config, saved: dict[str, Any] | None) -> tuple[list[list[int]] | None, str | None]:
+        placement, remark = initial_placement(config, saved)
+        return None if placement is None else placement.slots, remark
+
+    assert slots(config, None) == (of_file, None)
+    assert slots(config, moved) == (moved["placement"]["slots"], "experts stay where the checkpoint had them")
+    assert slots(config, {"placement": None}) == (of_file, None)
+    changed = "experts are placed by placement.file, not as in the checkpoint: placement.file has changed"
+    assert slots(config, progress_of(file_sha256="another")) == (of_file, changed)
+
+    unplaced = config_of(tmp_path, tmp_path, "parallel.ep=2")
+    assert slots(unplaced, None) == (None, None)
+    assert slots(unplaced, progress_of(file_sha256=None))[0] == moved["placement"]["slots"]
+    by_number = "experts are placed by their numbers, not as in the checkpoint: "
+    assert slots(unplaced, moved) == (None, f"{by_number}placement.file has changed")
+    four = config_of(tmp_path, tmp_path, "parallel.ep=4")
+    assert slots(four, progress_of(file_sha256=None)) == (None, f"{by_number}parallel.ep has changed")
+    assert slots(config_of(tmp_path, tmp_path), moved) == (None, None)
+    watched = config_of(tmp_path, tmp_path, "parallel.ep=2", "placement.rebalance.every=9")
+    assert slots(watched, None) == (Placement.contiguous(LAYERS, EXPERTS, 2).slots_LE.tolist(), None)
+
+
+# What does not fit ---------------------------------------------------------------------------------------------------
+
+
+def test_placements_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "placement.json"
+
+    def refusal(gpu_LE: Any, num_gpus: int) -> str:
+        save_placement(path, Placement(np.array(gpu_LE), num_gpus))
+        with pytest.raises(PlacementError) as caught:
+            make_plan(config_of(tmp_path, tmp_path, "parallel.ep=2", f"placement.file={path}"), 2)
+        return str(caught.value)
+
+    key = f"placement.file = {path}: "
+    assert refusal([[0, 0, 1, 1]] * 2, 2).startswith(f"{key}is of 2 MoE layers of 4 experts, and the model has 2 of 8")
+    assert refusal([[0] * 4 + [1] * 4] * 3, 2).startswith(f"{key}is of 3 MoE layers of 8 experts")
+    assert refusal([[0, 1, 2, 3] * 2] * 2, 4).startswith(f"{key}is for 4 GPUs, but parallel.ep = 2")
+    assert refusal([[0] * 3 + [1] * 5] * 2, 2).startswith(f"{key}puts 3 to 5 experts of a layer on a GPU")
+    path.unlink()
+    with pytest.raises(PlacementError, match=r"placement\.file: .*placement\.json: No such file.*; `moetrain place`"):
+        initial_placement(config_of(tmp_path, tmp_path, f"placement.file={path}"), None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["placement.rebalance.every=5", "parallel.engine=deepspeed"], "rebalance.every = 5: with parallel.engine = d"),
+        (["placement.rebalance.every=5", "placement.rebalance.objective=traffic"], "objective = traffic: is judged by"),
+        (["placement.rebalance.min_gain=1"], r"min_gain = 1.0: must be in \[0, 1\)"),
+        (["placement.rebalance.every=-1"], "placement.rebalance.every = -1: must not be negative"),
+        (["placement.file=x", "model.num_experts=0"], "placement.file = x: a dense model"),
+        (["placement.rebalance.every=5", "model.num_experts=0"], "placement.rebalance.every = 5: a dense model"),
+    ],
+)
+def test_settings_that_do_not_fit(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict({"train": {"param_dtype": "float32"}}, overrides)
+
+
+def test_a_topology_of_another_machine(tmp_path: Path, data_folder: Path) -> None:
+    topology = tmp_path / "machine.yaml"
+    topology.write_text("nodes: 1\ngpus_per_node: 4\nnvlink: {bandwidth: 450 GB/s, latency: 2 us}\n")
+    settings = ["parallel.ep=2", "train.micro_batch=16", *REBALANCE, f"placement.rebalance.topology={topology}"]
+    with pytest.raises(RankError, match="has 4 GPUs, but the run has 2 ranks"):
+        MockWorld(2).run(run, config_of(tmp_path / "run", data_folder, *settings))
+
+
+def test_the_plan_shows_who_holds_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "placement.json"
+    save_placement(path, Placement(np.array([[0, 1, 0, 0, 1, 1, 1, 0]] * 2), 2))
+    config = config_of(tmp_path, tmp_path, "parallel.ep=2", f"placement.file={path}")
+    assert make_plan(config, 4).expert_ranks == (([0, 2, 3, 7], range(0, 4, 2)), ([1, 4, 5, 6], range(1, 4, 2)))
+    assert plan_command(config, 4) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for part in ("Experts 0, 2–3, 7", "on ranks 0, 2", "Experts 1, 4–6", "on ranks 1, 3"):
+        assert part in out
