@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -263,14 +264,14 @@ class RebalanceConfig:
 
     every: int = 0
     """Steps between two searches; 0: off. With parallel.ep = 1 there is nothing to move."""
-    objective: Literal["load", "traffic"] = "load"
-    """load: pairs on each layer's fullest rank, for which a step waits, by the loads since the last search; traffic:
-    rows that dispatch sends, by the recordings of placement.trace since then."""
+    objective: str = "load"
+    """load: pairs on each layer's fullest rank, for which a step waits, by all loads since the last search; traffic:
+    rows that dispatch sends; or a sum like load+0.1*traffic, both then by what placement.trace has recorded since."""
     min_gain: float = 0.05
     """Move only if the objective falls by this fraction."""
     topology: str | None = None
-    """File with the links between this run's GPUs, one for each rank, as for `moetrain place --topology`; default: one
-    node with NVLink. It weighs traffic and predicts how long a migration takes."""
+    """File with the links between the parallel.ep GPUs, as for `moetrain place --topology`; default: one node with
+    NVLink. It weighs traffic and predicts how long a move takes."""
 
 
 @dataclass(frozen=True)
@@ -756,8 +757,15 @@ def _check_placement(config: Config) -> None:
         "with parallel.engine = deepspeed must be 0: ZeRO keeps moments and float32 weights in pieces that know no "
         "experts, so that these cannot move; use parallel.engine = torch, or placement.file, which is read at start",
     )
+    term = r"([0-9.]+\*)?(load|traffic)"
     _require(
-        rebalance.objective != "traffic" or placement.trace.every > 0,
+        re.fullmatch(rf"{term}(\+{term})*", rebalance.objective) is not None,
+        "placement.rebalance.objective",
+        rebalance.objective,
+        "must be load, traffic or a sum like load+0.1*traffic; others cost a training step nothing",
+    )
+    _require(
+        rebalance.objective == "load" or placement.trace.every > 0,
         "placement.rebalance.objective",
         rebalance.objective,
         "is judged by recorded tokens: set placement.trace.every, or use load",

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moetrain.config import Config
@@ -25,7 +26,7 @@ from moetrain.model import Decoder
 from moetrain.parallel import Mesh, on_all_ranks, on_rank_0
 from moetrain.parallel.engines import ReplicatedEngine
 from moetrain.parallel.migration import ExpertTensor, migrate, migration_bytes, migration_seconds, slots_after
-from moetrain.placement.background import Found, Request, Search, recorded_traffic
+from moetrain.placement.background import Found, Request, Search, recorded_objective
 from moetrain.placement.objectives import LoadTerm, Term
 from moetrain.placement.placement import Placement
 from moetrain.placement.topology import Topology, load_topology
@@ -41,7 +42,7 @@ class Rebalancer:
 
     Parameters
     ----------
-    model, engine : whose experts move; the model has slots
+    model, engine : whose experts move, on more than one ep rank; the model has slots
     say : shows a line to the user
     """
 
@@ -85,23 +86,23 @@ class Rebalancer:
 
     def _load_topology(self) -> Topology:
         if self.settings.topology is None:
-            return Topology.uniform(self.mesh.world_size)
+            return Topology.uniform(self.mesh.ep)
         try:
             topology = load_topology(Path(self.settings.topology))
         except PlacementError as error:
             raise PlacementError(f"placement.rebalance.topology: {error}") from None
-        if topology.num_gpus != self.mesh.world_size:
+        if topology.num_gpus != self.mesh.ep:
             raise PlacementError(
-                f"placement.rebalance.topology = {self.settings.topology}: has {topology.num_gpus} GPUs, but the run "
-                f"has {self.mesh.world_size} ranks; describe the GPUs of this run"
+                f"placement.rebalance.topology = {self.settings.topology}: has {topology.num_gpus} GPUs, but "
+                f"parallel.ep = {self.mesh.ep}; describe the GPUs of one ep group"
             )
         return topology
 
     def _begin(self, step: int) -> None:
         load_LE = self._load_LE.clone()
         self._load_LE.zero_()
-        if self.mesh.world_size > 1:
-            dist.all_reduce(load_LE)
+        dist.all_reduce(load_LE)
+        dist.barrier(self.mesh.host_group)  # all ranks have written what they recorded
         if self.mesh.rank == 0:
             now = Placement(np.array(self.model.expert_ranks), self.mesh.ep)
             self._search = Search(Request(self._objective(load_LE), now, TIME_LIMIT))
@@ -110,8 +111,8 @@ class Rebalancer:
     def _objective(self, load_LE: Tensor) -> Callable[[], Term]:
         if self.settings.objective == "load":
             return partial(LoadTerm, load_LE.double().cpu().numpy())
-        distance_GG = self.topology.distance_GG[: self.mesh.ep, : self.mesh.ep]
-        return partial(recorded_traffic, self.config.trace_folder, self._searched, distance_GG)
+        name, folder = self.settings.objective, self.config.trace_folder
+        return partial(recorded_objective, name, folder, self._searched, self.topology)
 
     def _take_up(self, step: int) -> dict[str, float]:
         found = on_rank_0(self._answer, self.mesh.host_group)
@@ -145,7 +146,7 @@ class Rebalancer:
         ]
         tensors = expert_tensors(self.model, self.engine)
         bytes_LPP = migration_bytes(tensors, slots_LE)
-        predicted = migration_seconds(bytes_LPP, self.topology.seconds_per_byte_GG)
+        predicted = migration_seconds(bytes_LPP, self._seconds_per_byte())
         self._synchronize()
         start = time.perf_counter()
         sent = migrate(tensors, slots_LE)
@@ -163,6 +164,14 @@ class Rebalancer:
             "placement/migration_bytes": total,
             "placement/migration(s)": taken,
         }
+
+    def _seconds_per_byte(self) -> NDArray[np.float64]:
+        """[P, P], of the world: within an ep group as the topology says, and to other groups as its slowest link."""
+        groups = self.mesh.world_size // self.mesh.ep
+        within_GG = self.topology.seconds_per_byte_GG
+        return np.kron(np.eye(groups), within_GG) + np.kron(
+            1 - np.eye(groups), np.full_like(within_GG, within_GG.max())
+        )
 
     def _synchronize(self) -> None:
         if self.mesh.device.type == "cuda":

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetrain.errors import PlacementError, TraceError
-from moetrain.placement.objectives import Table, Term, TrafficTerm
+from moetrain.placement.objectives import Term, objective
 from moetrain.placement.placement import Placement
 from moetrain.placement.problem import Problem, Solution
 from moetrain.placement.solve import solve
+from moetrain.placement.topology import Topology
 from moetrain.placement.trace import load_trace
 
 
@@ -50,17 +51,17 @@ def find(request: Request) -> Found:
     return Found(solve(problem, "swaps", time_limit=request.time_limit, start=start), term.cost(start.gpu_LE))
 
 
-def recorded_traffic(folder: Path, after_step: int, distance_GG: Table) -> TrafficTerm:
-    """The traffic of the tokens recorded in a folder after a step, the GPUs being the ranks of each ep group.
+def recorded_objective(name: str, folder: Path, after_step: int, topology: Topology) -> Term:
+    """The objective of that name for the tokens that were recorded in a folder after a step.
 
-    Raises TraceError where there are none.
+    A GPU is what has this place in any ep group. Raises TraceError where there are no such tokens.
     """
     trace = load_trace(folder)
     if trace.step_S is None or trace.source_S is None or not (trace.step_S > after_step).any():
         raise TraceError(f"{folder}: no tokens with step and source after step {after_step}; see placement.trace.every")
     recent = trace.select(trace.step_S > after_step)
     assert recent.source_S is not None
-    return TrafficTerm.from_trace(replace(recent, source_S=recent.source_S % len(distance_GG)), distance_GG)
+    return objective(name, replace(recent, source_S=recent.source_S % topology.num_gpus), topology)
 
 
 class Search:

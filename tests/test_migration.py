@@ -66,6 +66,7 @@ def test_bytes_of_the_experts_that_change_their_rank() -> None:
     before = list(range(EXPERTS))
     after = slots_after(before, [0, 0, 1, 0, 1, 1, 0, 1], 2)  # 2 and 6 change places
     assert after == [0, 1, 6, 3, 4, 5, 2, 7]
+    assert slots_after([3, 2, 1, 0], [0, 0, 1, 1], 2) == [0, 1, 2, 3]  # free slots in order of the experts
     expert = 3 * (8 * 3 + 4 * 2) * 8
     for fsdp_dim, copies in ((None, 2), (0, 1), (1, 1)):
         ranks = MockWorld(4).run(move_and_check, 2, fsdp_dim, [before], [after])
