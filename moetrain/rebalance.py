@@ -105,7 +105,13 @@ class Rebalancer:
         dist.barrier(self.mesh.host_group)  # all ranks have written what they recorded
         if self.mesh.rank == 0:
             now = Placement(np.array(self.model.expert_ranks), self.mesh.ep)
-            self._search = Search(Request(self._objective(load_LE), now, TIME_LIMIT))
+            # Others wait for rank 0 no longer than run.timeout_minutes.
+            seconds = min(TIME_LIMIT, 15 * self.config.run.timeout_minutes)
+            try:
+                self._search = Search(Request(self._objective(load_LE), now, seconds))
+            except OSError as error:
+                self._search = None
+                self.say(f"step {step}: no search for a placement: {error}")
         self._searched = step
 
     def _objective(self, load_LE: Tensor) -> Callable[[], Term]:
@@ -129,7 +135,8 @@ class Rebalancer:
 
     def _answer(self) -> Found | str:
         """What was found, or why nothing was."""
-        assert self._search is not None
+        if self._search is None:
+            return "the search did not begin"
         try:
             return self._search.result()
         except PlacementError as error:
@@ -193,6 +200,6 @@ def expert_tensors(model: Decoder, engine: ReplicatedEngine) -> list[list[Expert
 
 def rank_load(load_LE: Tensor, expert_ranks: Sequence[Sequence[int]], ep: int) -> float:
     """Load of the fullest ep rank over the mean, 1 if all have the same: Σ_l max_g / Σ_l mean_g of loads [L, E]."""
-    load_LG = torch.zeros(load_LE.shape[0], ep, dtype=torch.float64)
-    load_LG.scatter_add_(1, torch.tensor(expert_ranks), load_LE.double().cpu())
+    load_LG = torch.zeros(load_LE.shape[0], ep, dtype=torch.float64, device="cpu")
+    load_LG.scatter_add_(1, torch.tensor(expert_ranks, device="cpu"), load_LE.double().cpu())
     return float(load_LG.amax(1).sum() / load_LG.mean(1).sum())

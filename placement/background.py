@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,9 +69,11 @@ class Search:
     """A running search."""
 
     def __init__(self, request: Request):
+        """Raises OSError where no process can be started."""
         self._folder = tempfile.TemporaryDirectory(prefix="moetrain-search-")
         folder = Path(self._folder.name)
         self._answer, self._log = folder / "answer", folder / "log"
+        self._until = time.monotonic() + 2 * request.time_limit
         (folder / "request").write_bytes(pickle.dumps(request))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -82,8 +85,11 @@ class Search:
             )
 
     def result(self) -> Found:
-        """Waits for the end of the search. Raises PlacementError where it failed."""
-        code = self._process.wait()
+        """Waits for the end of the search. Raises PlacementError where it failed or takes more than twice its time."""
+        try:
+            code = self._process.wait(self._until - time.monotonic())
+        except subprocess.TimeoutExpired:
+            raise PlacementError("the search for a placement took more than twice its time") from None
         if code != 0:
             lines = self._log.read_text(errors="replace").strip().splitlines()
             raise PlacementError(f"the search for a placement failed: {lines[-1] if lines else f'exit code {code}'}")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from test_mock import whole_tensors as together
 from torch import Tensor
 
 from moetrain.parallel import ExpertSlots, Sharding, create_mesh, destroy_mesh
@@ -59,6 +60,23 @@ def test_any_slots(ep: int, ranks: int, fsdp_dim: int | None) -> None:
     before_LE, after_LE = (rng.permuted(np.tile(range(EXPERTS), (3, 1)), axis=1).tolist() for _ in range(2))
     for sent, predicted in MockWorld(ranks).run(move_and_check, ep, fsdp_dim, before_LE, after_LE):
         assert sent == predicted
+
+
+def put_together(ep: int, fsdp_dim: int | None, slots: list[int]) -> None:
+    """The ranks' parts, as a checkpoint sees them, are the logical tensor."""
+    mesh = create_mesh(ep=ep, device="cpu")
+    sharding = Sharding(mesh.experts, 0, fsdp_dim, ExpertSlots(slots))
+    wholes = dict(enumerate(whole_tensors(0)))
+    logical = {str(key): sharding.logical(sharding.part(whole), whole.shape) for key, whole in wholes.items()}
+    for key, whole in together(logical).items():
+        assert torch.equal(whole, wholes[int(key)])
+    destroy_mesh()
+
+
+@pytest.mark.parametrize(("ep", "ranks"), [(2, 4), (2, 8), (1, 4)])
+@pytest.mark.parametrize("fsdp_dim", [None, 0, 1])
+def test_parts_of_logical_tensors(ep: int, ranks: int, fsdp_dim: int | None) -> None:
+    MockWorld(ranks).run(put_together, ep, fsdp_dim, [4, 5, 0, 7, 2, 3, 1, 6])
 
 
 def test_bytes_of_the_experts_that_change_their_rank() -> None:
