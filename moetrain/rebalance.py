@@ -27,7 +27,7 @@ from moetrain.parallel import Mesh, on_all_ranks, on_rank_0
 from moetrain.parallel.engines import ReplicatedEngine
 from moetrain.parallel.migration import ExpertTensor, migrate, migration_bytes, migration_seconds, slots_after
 from moetrain.placement.background import Found, Request, Search, recorded_objective
-from moetrain.placement.objectives import LoadTerm, Term
+from moetrain.placement.objectives import LoadTerm, Objective
 from moetrain.placement.placement import Placement
 from moetrain.placement.topology import Topology, load_topology
 
@@ -114,7 +114,7 @@ class Rebalancer:
                 self.say(f"step {step}: no search for a placement: {error}")
         self._searched = step
 
-    def _objective(self, load_LE: Tensor) -> Callable[[], Term]:
+    def _objective(self, load_LE: Tensor) -> Callable[[], Objective]:
         if self.settings.objective == "load":
             return partial(LoadTerm, load_LE.double().cpu().numpy())
         name, folder = self.settings.objective, self.config.trace_folder

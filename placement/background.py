@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetrain.errors import PlacementError, TraceError
-from moetrain.placement.objectives import Term, objective
+from moetrain.placement.objectives import Objective, objective
 from moetrain.placement.placement import Placement
 from moetrain.placement.problem import Problem, Solution
 from moetrain.placement.solve import solve
@@ -25,7 +25,7 @@ from moetrain.placement.trace import load_trace
 class Request:
     """What to look for: a placement with as many experts on every GPU."""
 
-    objective: Callable[[], Term]
+    objective: Callable[[], Objective]
     """Called by the search; as all here it must pickle."""
     start: Placement
     """Where the experts are. The search goes on from there, by swaps, so that few experts move."""
@@ -52,7 +52,7 @@ def find(request: Request) -> Found:
     return Found(solve(problem, "swaps", time_limit=request.time_limit, start=start), term.cost(start.gpu_LE))
 
 
-def recorded_objective(name: str, folder: Path, after_step: int, topology: Topology) -> Term:
+def recorded_objective(name: str, folder: Path, after_step: int, topology: Topology) -> Objective:
     """The objective of that name for the tokens that were recorded in a folder after a step.
 
     A GPU is what has this place in any ep group. Raises TraceError where there are no such tokens.
