@@ -71,7 +71,7 @@ def configured_placement(config: Config) -> Placement | None:
 
 
 def initial_placement(config: Config, saved: Mapping[str, Any] | None) -> tuple[ExpertPlacement | None, str | None]:
-    """Where the experts are at the start, None for their own order; and a remark for the log where there is a choice.
+    """Where the experts are at the start, None for their own order; and a remark on it for the log.
 
     `saved`: the `progress` of the checkpoint from which the run goes on. If `placement.file` is what it was when that
     was written, or is there no more than then, experts stay where the checkpoint had them, as far as there are as many
@@ -87,11 +87,10 @@ def initial_placement(config: Config, saved: Mapping[str, Any] | None) -> tuple[
         before = ExpertPlacement(**record)
         if before.file_sha256 == digest and before.num_gpus == config.parallel.ep:
             return before, "experts stay where the checkpoint had them"
-    remark = None
+    remark = None if placement is None else "experts are placed by placement.file"
     if record is not None:
         why = "placement.file has changed" if before.file_sha256 != digest else "parallel.ep has changed"
-        where = "placement.file" if placement is not None else "their numbers"
-        remark = f"experts are placed by {where}, not as in the checkpoint: {why}"
+        remark = f"{remark or 'experts are placed by their numbers'}, not as in the checkpoint: {why}"
     if placement is None and config.placement.rebalance.every == 0:
         return None, remark
     if placement is None:

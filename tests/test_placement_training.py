@@ -302,9 +302,9 @@ def test_file_or_checkpoint(tmp_path: Path) -> None:
         placement, remark = initial_placement(config, saved)
         return None if placement is None else placement.slots, remark
 
-    assert slots(config, None) == (of_file, None)
+    assert slots(config, None) == (of_file, "experts are placed by placement.file")
     assert slots(config, moved) == (moved["placement"]["slots"], "experts stay where the checkpoint had them")
-    assert slots(config, {"placement": None}) == (of_file, None)
+    assert slots(config, {"placement": None}) == (of_file, "experts are placed by placement.file")
     changed = "experts are placed by placement.file, not as in the checkpoint: placement.file has changed"
     assert slots(config, progress_of(file_sha256="another")) == (of_file, changed)
 
