@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -258,9 +259,28 @@ class TraceConfig:
 
 
 @dataclass(frozen=True)
+class RebalanceConfig:
+    """Looking for a better placement while the run goes on, and moving the experts to it."""
+
+    every: int = 0
+    """Steps between two searches; 0: off. With parallel.ep = 1 there is nothing to move."""
+    objective: str = "load"
+    """load: pairs on each layer's fullest rank, for which a step waits, by all loads since the last search; traffic:
+    rows that dispatch sends; or a sum like load+0.1*traffic, both then by what placement.trace has recorded since."""
+    min_gain: float = 0.05
+    """Move only if the objective falls by this fraction."""
+    topology: str | None = None
+    """File with the links between the parallel.ep GPUs, as for `moetrain place --topology`; default: one node with
+    NVLink. It weighs traffic and predicts how long a move takes."""
+
+
+@dataclass(frozen=True)
 class PlacementConfig:
     """Where the experts live."""
 
+    file: str | None = None
+    """A placement.json of `moetrain place` for parallel.ep GPUs; default: each ep rank has consecutive experts."""
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
 
 
@@ -522,6 +542,7 @@ def check(config: Config) -> None:
         "optim.warmup_steps": optim.warmup_steps,
         "optim.decay_steps": optim.decay_steps,
         "placement.trace.every": config.placement.trace.every,
+        "placement.rebalance.every": config.placement.rebalance.every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every": config.eval.every,
@@ -590,12 +611,6 @@ def check(config: Config) -> None:
         _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, f"must divide model.num_experts = {experts}")
     else:
         _require(parallel.ep == 1, "parallel.ep", parallel.ep, "a dense model (model.num_experts = 0) has no experts")
-        _require(
-            config.placement.trace.every == 0,
-            "placement.trace.every",
-            config.placement.trace.every,
-            "a dense model (model.num_experts = 0) has no routing to record",
-        )
     if router.capacity_factor is not None:
         _require(
             0 < router.capacity_factor < math.inf,
@@ -638,6 +653,7 @@ def check(config: Config) -> None:
         _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
     _check_tensor_parallel(config)
     _check_engine(config)
+    _check_placement(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
     if config.metrics.peak_tflops is not None:
@@ -719,6 +735,41 @@ def _check_engine(config: Config) -> None:
             _require(isinstance(section, dict), f"parallel.deepspeed.{parent}", section, "must be a section of keys")
         if last in section:
             raise ConfigError(f"parallel.deepspeed.{path} = {section[last]}: follows from {source}; remove this key")
+
+
+def _check_placement(config: Config) -> None:
+    """What needs experts, and what a search while the run goes on needs."""
+    placement, rebalance = config.placement, config.placement.rebalance
+    if config.model.num_experts == 0:
+        dense = "a dense model (model.num_experts = 0) has no"
+        _require(
+            placement.trace.every == 0, "placement.trace.every", placement.trace.every, f"{dense} routing to record"
+        )
+        _require(placement.file is None, "placement.file", placement.file, f"{dense} experts to place")
+        _require(rebalance.every == 0, "placement.rebalance.every", rebalance.every, f"{dense} experts to move")
+    _require(0 <= rebalance.min_gain < 1, "placement.rebalance.min_gain", rebalance.min_gain, "must be in [0, 1)")
+    if rebalance.every == 0:
+        return
+    _require(
+        config.parallel.engine == "torch",
+        "placement.rebalance.every",
+        rebalance.every,
+        "with parallel.engine = deepspeed must be 0: ZeRO keeps moments and float32 weights in pieces that know no "
+        "experts, so that these cannot move; use parallel.engine = torch, or placement.file, which is read at start",
+    )
+    term = r"([0-9.]+\*)?(load|traffic)"
+    _require(
+        re.fullmatch(rf"{term}(\+{term})*", rebalance.objective) is not None,
+        "placement.rebalance.objective",
+        rebalance.objective,
+        "must be load, traffic or a sum like load+0.1*traffic; others cost a training step nothing",
+    )
+    _require(
+        rebalance.objective == "load" or placement.trace.every > 0,
+        "placement.rebalance.objective",
+        rebalance.objective,
+        "is judged by recorded tokens: set placement.trace.every, or use load",
+    )
 
 
 def check_zero_dtype(config: Config, dtype: str) -> None:

@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from moetrain.data import (
 from moetrain.engine import create_engine
 from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
+from moetrain.expert_placement import ExpertPlacement, initial_placement
 from moetrain.files import write_text
 from moetrain.flops import parameters
 from moetrain.kernels import autotune
@@ -51,9 +52,11 @@ from moetrain.parallel import (
     raise_together,
     watchdog,
 )
+from moetrain.parallel.engines import ReplicatedEngine
 from moetrain.placement.trace import save_trace
 from moetrain.plot import plot_losses
 from moetrain.ranks import joined_mesh
+from moetrain.rebalance import Rebalancer, rank_load
 from moetrain.router import RouterStats, RoutingTotals
 from moetrain.state import logical_tensors
 from moetrain.trace_recorder import TraceRecorder, drop_after, recording_name
@@ -123,21 +126,24 @@ class Trainer:
         self.checkpoint_stall = 0.0
         self.dispatch_bytes = 0
         """Sent by this rank's MoE layers in the last step."""
+        self.placement_metrics: dict[str, float] = {}
+        """Since the last report."""
         self.changes: list[str] = []
         self.logger: MetricsLogger | None = None
 
         self._lock = self._lock_folder()
         self.dataset = first_on_each_node(self._open_dataset, mesh)
-        with torch.device(mesh.device):
-            self.model = Decoder(config, mesh)
-
         checkpoints = self.folder / "checkpoints"
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
+        self.placement, placed = on_rank_0(lambda: self._initial_placement(source), mesh.host_group)
+        with torch.device(mesh.device):
+            self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
         if source is None:
             self.model.initialize(config.train.seed)
         self.engine = create_engine(config, mesh, self.model)
         if source is not None:
             self._resume(source)
+        self.rebalancer = self._rebalancer()
         self.checkpointer = Checkpointer(
             checkpoints,
             mesh,
@@ -158,13 +164,15 @@ class Trainer:
             start_compile_workers()
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
-        on_rank_0(lambda: self._open_logs(source), mesh.host_group)
+        on_rank_0(lambda: self._open_logs(source, placed), mesh.host_group)
 
     def run(self) -> None:
         """Train to the last step (or until asked to stop), then save, score and plot."""
         try:
             self._train()
         finally:
+            if self.rebalancer is not None:
+                self.rebalancer.close()
             self.checkpointer.close()
             if self.logger is not None:
                 self.logger.close()
@@ -235,6 +243,8 @@ class Trainer:
             self._report(loss, norm, lr, routing)
         if _due(progress.step, config.placement.trace.every):
             self._save_trace()
+        if self.rebalancer is not None and progress.step < config.train.steps:
+            self.placement_metrics |= self.rebalancer.after_step(progress.step, routing.load_LE)
         if not finite:
             self._check_bad_steps(norm)
 
@@ -305,8 +315,10 @@ class Trainer:
             "bad_steps": float(self.progress.bad_steps),
             "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
             **self.throughput.report(),
+            **self.placement_metrics,
         }
         self.checkpoint_stall = 0.0
+        self.placement_metrics = {}
         if self.model.moe_layers:
             total = routing.reduced(self.mesh.world_size)
             balance_L, z_L, entropy_L = (total.means_3L / total.forwards).cpu()
@@ -321,6 +333,7 @@ class Trainer:
                 self._router_biases(),
             )
         if self.mesh.ep > 1:
+            values["placement/rank_load"] = rank_load(total.load_LE, self.model.expert_ranks, self.mesh.ep)
             sent = torch.tensor(self.dispatch_bytes, device=self.mesh.device)
             dist.all_reduce(sent)
             values["moe/dispatch_bytes"] = float(sent)
@@ -343,6 +356,7 @@ class Trainer:
         progress = {
             **asdict(self.progress),
             "data": self.dataset.fingerprint,
+            "placement": self._placement_record(),
             "config": asdict(self.config),
             "config_hash": config_hash(self.config),
         }
@@ -396,12 +410,27 @@ class Trainer:
         raise_together(error, self.mesh)
         return file
 
-    def _open_logs(self, source: Path | None) -> None:
+    def _initial_placement(self, source: Path | None) -> tuple[ExpertPlacement | None, str | None]:
+        return initial_placement(self.config, None if source is None else read_manifest(source).progress)
+
+    def _placement_record(self) -> dict[str, Any] | None:
+        """Where the experts are now, for the manifest."""
+        if self.placement is None:
+            return None
+        return asdict(replace(self.placement, slots=[slots.slots for slots in self.model.slots.values()]))
+
+    def _rebalancer(self) -> Rebalancer | None:
+        if self.config.placement.rebalance.every == 0 or self.mesh.ep == 1:
+            return None
+        assert isinstance(self.engine, ReplicatedEngine)
+        return Rebalancer(self.config, self.mesh, self.model, self.engine, self._message)
+
+    def _open_logs(self, source: Path | None, placed: str | None) -> None:
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         if self.config.placement.trace.every:
             drop_after(self.config.trace_folder, self.progress.step)
         self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
-        self._announce(source)
+        self._announce(source, placed)
 
     def _resume(self, source: Path) -> None:
         """Continue where a checkpoint of the same model left off."""
@@ -431,7 +460,7 @@ class Trainer:
             self.progress.samples = 0  # the count was of other sequences
             self.changes.append("other sequences: reading the data from their beginning")
 
-    def _announce(self, source: Path | None) -> None:
+    def _announce(self, source: Path | None, placed: str | None) -> None:
         config, mesh = self.config, self.mesh
         count = parameters(config)
         experts = self.model.expert_backend if self.model.moe_layers else "none"
@@ -448,6 +477,8 @@ class Trainer:
             self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
             for change in self.changes:
                 self._message(f"  changed since then: {change}")
+        if placed is not None:
+            self._message(placed)
 
     def _message(self, text: str) -> None:
         if self.logger is not None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from moetrain.optim import build_optimizer
 from moetrain.parallel import Mesh, Sharding, create_mesh, destroy_mesh
 from moetrain.parallel.engines import Engine, FsdpEngine, ReplicatedEngine, Unit
 from moetrain.parallel.mock import MockWorld
+from moetrain.placement.placement import Placement, save_placement
 from moetrain.trainer import Trainer
 
 
@@ -221,7 +223,7 @@ def test_bfloat16(tmp_path: Path, data_folder: Path) -> None:
 
 
 def test_a_run_goes_on_under_any_engine(tmp_path: Path, data_folder: Path) -> None:
-    """Plain, FSDP, DeepSpeed and plain again, each from the checkpoint of the one before."""
+    """Plain, FSDP, DeepSpeed (experts placed) and plain again, each from the checkpoint of the one before."""
     values = small(tmp_path, data_folder, "optim.schedule=constant")
     folder = f"run.dir={tmp_path / 'run'}"
     run_two(
@@ -230,7 +232,9 @@ def test_a_run_goes_on_under_any_engine(tmp_path: Path, data_folder: Path) -> No
         [folder, "train.steps=2"],
         [folder, "train.steps=4", "parallel.fsdp=true", "parallel.ep=2"],
     )
-    run_two(values, [folder, "train.steps=6", DEEPSPEED, "parallel.ep=2"])
+    placement = tmp_path / "placement.json"
+    save_placement(placement, Placement(np.array([[0, 1, 0, 1], [1, 0, 0, 1]]), 2))
+    run_two(values, [folder, "train.steps=6", DEEPSPEED, "parallel.ep=2", f"placement.file={placement}"])
     run_two(values, [folder, "train.steps=8", "parallel.ep=2"])
     recorded = metrics(tmp_path / "run")
     assert list(recorded) == list(range(1, 9))

@@ -24,6 +24,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moetrain.config import Config, from_dict
 from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
 from moetrain.parallel.mock import CollectiveError, MockWorld, RankError
+from moetrain.parallel.sharding import ScatteredTensor
 from moetrain.state import logical_tensors
 from moetrain.trainer import Trainer
 
@@ -289,10 +290,12 @@ def config_of(folder: Path, data: Path, *overrides: str) -> Config:
     )
 
 
-def train(config: Config) -> Numbers:
+def train(config: Config, prepare: Callable[[Trainer], None] | None = None) -> Numbers:
     """Loss and gradient norm of each step; weights, Adam's state and router biases at the end, whole, as seen here."""
     mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
     trainer = Trainer(config, mesh)
+    if prepare is not None:
+        prepare(trainer)
     seen: list[tuple[float, float]] = []
     bytes_sent: list[int] = []
     logged = trainer._report
@@ -344,19 +347,22 @@ def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         whole[name] = torch.full(tensor.shape, math.nan, dtype=tensor.dtype)
         for part in (*parts, parts[dist.get_rank()]):
-            place, values = part[name]
-            whole[name][place] = values
+            for offset, values in part[name]:
+                where = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+                whole[name][where] = values
     return whole
 
 
-def placed(tensor: Tensor) -> tuple[tuple[slice, ...], Tensor]:
-    """Where in the logical tensor this rank's part lies, as a checkpoint sees it, and the part."""
+def placed(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Where in the logical tensor this rank's parts begin, as a checkpoint sees it, and the parts."""
+    if isinstance(tensor, ScatteredTensor):
+        return [(tuple(offset), chunk.clone()) for offset, chunk in tensor.chunks.items()]
     if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape), tensor
+        return [(tuple(0 for _ in tensor.shape), tensor)]
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     local = tensor.to_local()
     assert local.shape == shape
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)), local
+    return [(tuple(offset), local)]
 
 
 def check_bytes(bytes_sent: list[int], trainer: Trainer) -> None:
