@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from comparison import whole_tensors as together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from test_mock import whole_tensors as together
 from torch import Tensor
 
 from moetrain.parallel import ExpertSlots, Sharding, create_mesh, destroy_mesh

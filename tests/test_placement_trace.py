@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_mock import config_of
-from test_mock import train as train_steps
+from comparison import config_of
+from comparison import train as train_steps
 from test_trainer import make_config, run
 
 from moetrain.cli import main

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparison import STEPS, Numbers, assert_same, config_of, train
 from ranks import run_ranks
-from test_mock import STEPS, Numbers, compare, config_of, train
 from test_trainer import metrics
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def test_a_placement_changes_no_number(
 ) -> None:
     tp = 2 if "parallel.tp=2" in overrides else 1
     placed = [f"parallel.ep={ep}", placement_file(tmp_path, ep), f"train.micro_batch={32 * tp // ranks}", *overrides]
-    compare(MockWorld(ranks).run(train, config_of(tmp_path / "run", data_folder, *placed)), one_rank)
+    assert_same(MockWorld(ranks).run(train, config_of(tmp_path / "run", data_folder, *placed)), one_rank)
 
 
 @pytest.mark.parametrize("routing", ["router.rounding=nearest", "router.capacity_factor=1.1"])
@@ -76,7 +76,7 @@ def test_routing_knows_nothing_of_a_placement(tmp_path: Path, data_folder: Path,
         name: MockWorld(2).run(train, config_of(tmp_path / name, data_folder, *common, *more))
         for name, more in runs.items()
     }
-    compare(numbers["placed"], numbers["plain"][0])
+    assert_same(numbers["placed"], numbers["plain"][0])
     plain, placed = (metrics(tmp_path / name) for name in runs)
     assert plain[1]["moe/dropped_tokens"] > 0
     for step, values in plain.items():
@@ -116,7 +116,7 @@ def test_experts_that_move_change_no_number(
 ) -> None:
     common = [f"train.micro_batch={32 // ranks}", f"parallel.ep={ep}", *overrides]
     config = config_of(tmp_path, data_folder, *common, *REBALANCE)
-    compare(MockWorld(ranks).run(train, config, skew), skewed)
+    assert_same(MockWorld(ranks).run(train, config, skew), skewed)
     seen = metrics(tmp_path)
     # Looked for after step 2, and taken up after step 4: the next one is shared better.
     assert [step for step, values in seen.items() if values.get("placement/moved_experts")] == [5]
