@@ -26,14 +26,17 @@ from moetrain.placement.search import named_in_order, polish
 _TOLERANCE = 1e-6
 """Of HiGHS and CBC, taken off their bounds."""
 _LARGEST = 150_000
-"""Coefficients; programs with more take long to write down, and what HiGHS proves of them in minutes is nothing."""
+"""Coefficients; what HiGHS proves in minutes of programs with more is nothing."""
+_WRITTEN = 20_000
+"""Coefficients that PuLP writes in a second, on a slow machine."""
 
 
 def solve_program(incumbent: Incumbent, rng: np.random.Generator) -> None:
-    """Descend, then solve the integer program from there until the deadline; a program too large is left alone."""
+    """Descend, then solve the integer program from there until the deadline; a program too large, for the time that is
+    left or for any, is left alone."""
     problem = incumbent.problem
     incumbent.offer(polish(problem, incumbent.gpu_LE, incumbent.deadline), "descent")
-    if incumbent.done or size(problem) > _LARGEST:
+    if incumbent.done or size(problem) > min(_LARGEST, _WRITTEN * incumbent.seconds_left):
         return
     scale = 1 / incumbent.cost
     written = Program(problem, incumbent.gpu_LE, scale)
