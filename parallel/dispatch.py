@@ -87,12 +87,11 @@ class _Exchange:
         """Rows to and from each rank, in the format `wire`; differentiable, gradients in the format `back`."""
         return _AllToAll.apply(x, send, receive, self, wire, back)
 
-    def exchange_sizes(self, sizes: Tensor) -> tuple[Tensor, list[list[int]]]:
-        """Row p of `sizes`, int [ep, n], goes to rank p: what arrived, and 2n lists of ep numbers, first those sent and
-        then those received. Waits for the device."""
+    def exchange_sizes(self, sizes: Tensor) -> Tensor:
+        """Row p of `sizes`, int [ep, n], goes to rank p; what arrived."""
         received = torch.empty_like(sizes)
         dist.all_to_all_single(received, sizes, group=self.group)
-        return received, torch.cat([sizes, received], 1).t().tolist()
+        return received
 
     def all_to_all(self, x: Tensor, send: list[int], receive: list[int], wire: Wire) -> Tensor:
         """Rows to and from each rank, counted; without autograd."""
@@ -125,19 +124,19 @@ class AllToAllDispatcher(_Exchange):
         most_rows = min(routing.num_tokens * self.ep, routing.num_pairs)
         rows = Routing.from_mask(reached_TP, reached_TP.float(), most_rows)
 
-        sizes_received, (rows_sent, pairs_sent, rows_received, pairs_received) = self.exchange_sizes(
-            torch.stack([rows.counts_E, pair_offsets.diff()], 1)
-        )
-        rows = rows.trimmed_to(sum(rows_sent))
-
-        # Pairs are sorted by expert, so pairs of one destination are neighbours, and so are its rows.
-        pairs = slice(sum(pairs_sent))
+        sizes = torch.stack([rows.counts_E, pair_offsets.diff()], 1)
+        sizes_received = self.exchange_sizes(sizes)
+        # All that does not need the sizes, before the host waits for them: the device goes on meanwhile.
         row_N = reached_X.cumsum(0, dtype=torch.int32)[cell_N] - 1
         row_of_pair_N = row_N - rows.expert_offsets[destination_N]
-        indices = torch.stack([row_of_pair_N, (routing.expert_ids_N % experts).to(torch.int32)], 1)[pairs]
+        indices_N2 = torch.stack([row_of_pair_N, (routing.expert_ids_N % experts).to(torch.int32)], 1)
+        rows_sent, pairs_sent, rows_received, pairs_received = _on_host(sizes, sizes_received)
+
+        # Pairs are sorted by expert, so pairs of one destination are neighbours, and so are its rows.
+        rows, pairs = rows.trimmed_to(sum(rows_sent)), slice(sum(pairs_sent))
         rows_SD = _GatherRows.apply(x_TD, rows)
         x_RD = self.exchange(rows_SD, rows_sent, rows_received, self.outward, self.homeward)
-        indices = self.exchange(indices, pairs_sent, pairs_received)
+        indices = self.exchange(indices_N2[pairs], pairs_sent, pairs_received)
         weights = self.exchange(routing.weights_N[pairs], pairs_sent, pairs_received)
 
         # Row numbers arrive relative to their source's block.
@@ -164,7 +163,7 @@ class PairDispatcher(_Exchange):
         routing = routing.trimmed()
         experts = self.experts_per_rank(routing)
         pairs_to = routing.expert_offsets[::experts].diff()
-        _, (sent, received) = self.exchange_sizes(pairs_to[:, None])
+        sent, received = _on_host(pairs_to[:, None], self.exchange_sizes(pairs_to[:, None]))
         x_RD = self.exchange(x_TD[routing.token_ids_N], sent, received, self.outward, self.homeward)
         expert_ids_R = self.exchange(routing.expert_ids_N % experts, sent, received)
         local = Routing.from_topk(expert_ids_R[:, None], x_RD.new_ones(x_RD.shape[0], 1), experts)
@@ -178,6 +177,11 @@ class PairDispatcher(_Exchange):
         weighted_ND = y_ND.to(accumulator) * way.rows.weights_N.to(accumulator)[:, None]
         y_TD = weighted_ND.new_zeros(way.rows.num_tokens, y_ND.shape[1])
         return y_TD.index_add(0, way.rows.token_ids_N, weighted_ND).to(y_ND.dtype)
+
+
+def _on_host(sent: Tensor, received: Tensor) -> list[list[int]]:
+    """The columns of both; waits for the device."""
+    return torch.cat([sent, received], 1).t().tolist()
 
 
 def _sum_rows(y_SD: Tensor, rows: Routing) -> Tensor:
