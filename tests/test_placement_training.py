@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from moetrain.model import Decoder
 from moetrain.parallel import create_mesh, destroy_mesh, migration
 from moetrain.parallel.mock import MockWorld, RankError
 from moetrain.parallel.sharding import ScatteredTensor
-from moetrain.placement.placement import Placement, save_placement
+from moetrain.placement.placement import Placement, load_placement, save_placement
 from moetrain.plan import make_plan, plan_command
 from moetrain.state import logical_tensors
 from moetrain.trainer import Trainer
@@ -326,6 +327,41 @@ def test_file_or_checkpoint(tmp_path: Path) -> None:
 def test_placements_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "placement.json"
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"assignment": [[0, 0.5]]}, "assignment has something else than whole numbers"),
+        ({"assignment": [[0, 10**30]]}, "assignment has something else than whole numbers"),
+        ({"assignment": [["0", "1"]]}, "assignment has something else than whole numbers"),
+        ({"assignment": [[0, 1], [0]]}, "assignment has layers of different lengths"),
+        ({"assignment": []}, r"assignment has shape \[0\]"),
+        ({"assignment": [[0, -1]]}, "names a GPU beyond 0 to 1"),
+        ({"num_gpus": 2.5}, "num_gpus is 2.5"),
+        ({"num_gpus": -1}, "num_gpus is -1"),
+        ({"num_layers": None}, "num_layers × num_experts is None × 2, but the assignment is 1 × 2"),
+    ],
+)
+def test_files_that_are_no_placements(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    record = {"num_layers": 1, "num_experts": 2, "num_gpus": 2, "assignment": [[0, 1]]}
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(record))
+    assert load_placement(path).gpu_LE.tolist() == [[0, 1]]
+    path.write_text(json.dumps(record | changes))
+    with pytest.raises(PlacementError, match=rf"p\.json: .*{message}"):
+        load_placement(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "no JSON: "), ("[" * 100_000, "no JSON: "), ("[1]", "holds no JSON object"), ("{}", "no key 'num_layers'")],
+)
+def test_files_that_are_something_else(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(PlacementError, match=rf"p\.json: {message}"):
+        load_placement(path)
+
+
     def refusal(gpu_LE: Any, num_gpus: int) -> str:
         save_placement(path, Placement(np.array(gpu_LE), num_gpus))
         with pytest.raises(PlacementError) as caught:
@@ -351,6 +387,10 @@ def test_placements_that_do_not_fit(tmp_path: Path) -> None:
         (["placement.rebalance.min_gain=1"], r"min_gain = 1.0: must be in \[0, 1\)"),
         (["placement.rebalance.every=-1"], "placement.rebalance.every = -1: must not be negative"),
         (["placement.file=x", "model.num_experts=0"], "placement.file = x: a dense model"),
+        (
+            ["placement.rebalance.every=5", "placement.trace.every=5", "placement.rebalance.objective=1.2.3*load"],
+            r"1\.2\.3\*load: must be load, traffic or a sum",
+        ),
         (["placement.rebalance.every=5", "model.num_experts=0"], "placement.rebalance.every = 5: a dense model"),
     ],
 )
