@@ -35,7 +35,7 @@ from moetrain.data import (
 from moetrain.engine import create_engine
 from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
-from moetrain.expert_placement import ExpertPlacement, initial_placement
+from moetrain.expert_placement import initial_placement
 from moetrain.files import write_text
 from moetrain.flops import parameters
 from moetrain.kernels import autotune
@@ -135,14 +135,15 @@ class Trainer:
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         checkpoints = self.folder / "checkpoints"
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
-        self.placement, placed = on_rank_0(lambda: self._initial_placement(source), mesh.host_group)
+        saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
+        self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
         if source is None:
             self.model.initialize(config.train.seed)
         self.engine = create_engine(config, mesh, self.model)
-        if source is not None:
-            self._resume(source)
+        if source is not None and saved is not None:
+            self._resume(source, saved)
         self.rebalancer = self._rebalancer()
         self.checkpointer = Checkpointer(
             checkpoints,
@@ -410,9 +411,6 @@ class Trainer:
         raise_together(error, self.mesh)
         return file
 
-    def _initial_placement(self, source: Path | None) -> tuple[ExpertPlacement | None, str | None]:
-        return initial_placement(self.config, None if source is None else read_manifest(source).progress)
-
     def _placement_record(self) -> dict[str, Any] | None:
         """Where the experts are now, for the manifest."""
         if self.placement is None:
@@ -432,17 +430,25 @@ class Trainer:
         self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
         self._announce(source, placed)
 
-    def _resume(self, source: Path) -> None:
-        """Continue where a checkpoint of the same model left off."""
+    def _saved_progress(self, source: Path) -> dict[str, Any]:
+        """What a checkpoint says of its run. Raises CheckpointError if that was of another model."""
         saved = read_manifest(source).progress
-        # As JSON has both: a tuple comes back as a list.
-        old, new = saved["config"], json.loads(json.dumps(asdict(self.config)))
-        different = [f"model.{k}" for k, value in new["model"].items() if old["model"].get(k) != value]
+        old, new = saved["config"]["model"], self._config_as_json()["model"]
+        different = [f"model.{k}" for k, value in new.items() if old.get(k) != value]
         if different:
             raise CheckpointError(
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
                 "run.dir"
             )
+        return saved
+
+    def _config_as_json(self) -> dict[str, Any]:
+        """As a checkpoint has it: a tuple comes back as a list."""
+        return json.loads(json.dumps(asdict(self.config)))
+
+    def _resume(self, source: Path, saved: dict[str, Any]) -> None:
+        """Continue where a checkpoint of the same model left off."""
+        old, new = saved["config"], self._config_as_json()
         tensors = logical_tensors(self.model, self.engine)
         load(source, tensors, self.mesh)
         self.engine.restore(tensors)

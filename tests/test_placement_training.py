@@ -282,6 +282,9 @@ def test_experts_stay_where_a_checkpoint_had_them(
     contiguous = Placement.contiguous(LAYERS, EXPERTS, 2)
     assert slots[0] == slots[1] != contiguous.slots_LE.tolist()
 
+    with pytest.raises(RankError, match=r"was written by a model with other model\.n_layers"):
+        MockWorld(2).run(run, config_of(tmp_path / "other", data_folder, *go_on, "model.n_layers=4"))
+
     capsys.readouterr()
     assert main(["checkpoint", "info", str(source)]) == 0
     moved = int((np.array(slots[0]) // 4 != contiguous.gpu_LE).sum())
