@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 from moetrain.errors import PlacementError, TraceError
 from moetrain.placement.objectives import Objective, objective
@@ -77,7 +79,7 @@ class Search:
         (folder / "request").write_bytes(pickle.dumps(request))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import _search; _search()", str(folder)],
+                [sys.executable, "-c", f"from {__name__} import _search; _search()", str(folder), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -108,4 +110,13 @@ def _search() -> None:
     """What the process does."""
     os.nice(10)
     folder = Path(sys.argv[1])
+    Thread(target=_end_with, args=(int(sys.argv[2]), folder), daemon=True).start()
     (folder / "answer").write_bytes(pickle.dumps(find(pickle.loads((folder / "request").read_bytes()))))
+
+
+def _end_with(parent: int, folder: Path) -> None:
+    """End this process, and remove its folder, when the one that asked is gone: killed, it cannot do so itself."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
