@@ -421,7 +421,7 @@ class Trainer:
         if self.config.placement.rebalance.every == 0 or self.mesh.ep == 1:
             return None
         assert isinstance(self.engine, ReplicatedEngine)
-        return Rebalancer(self.config, self.mesh, self.model, self.engine, self._message)
+        return Rebalancer(self.config, self.mesh, self.model, self.engine, self.progress.step, self._message)
 
     def _open_logs(self, source: Path | None, placed: str | None) -> None:
         write_text(self.folder / "config.yaml", to_yaml(self.config))

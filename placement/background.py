@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
+
 from moetrain.errors import PlacementError, TraceError
 from moetrain.placement.objectives import Objective, objective
 from moetrain.placement.placement import Placement
@@ -54,15 +56,19 @@ def find(request: Request) -> Found:
     return Found(solve(problem, "swaps", time_limit=request.time_limit, start=start), term.cost(start.gpu_LE))
 
 
-def recorded_objective(name: str, folder: Path, after_step: int, topology: Topology) -> Objective:
-    """The objective of that name for the tokens that were recorded in a folder after a step.
+def recorded_objective(name: str, folder: Path, steps: range, topology: Topology) -> Objective:
+    """The objective of that name for the tokens that were recorded in a folder in these steps; later ones may be there
+    already.
 
     A GPU is what has this place in any ep group. Raises TraceError where there are no such tokens.
     """
     trace = load_trace(folder)
-    if trace.step_S is None or trace.source_S is None or not (trace.step_S > after_step).any():
-        raise TraceError(f"{folder}: no tokens with step and source after step {after_step}; see placement.trace.every")
-    recent = trace.select(trace.step_S > after_step)
+    if trace.step_S is None or trace.source_S is None or not (chosen_S := np.isin(trace.step_S, steps)).any():
+        raise TraceError(
+            f"{folder}: no tokens with step and source of steps {steps.start} to {steps.stop - 1}; see "
+            "placement.trace.every"
+        )
+    recent = trace.select(chosen_S)
     assert recent.source_S is not None
     return objective(name, replace(recent, source_S=recent.source_S % topology.num_gpus), topology)
 
