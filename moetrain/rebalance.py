@@ -152,7 +152,7 @@ class Rebalancer:
             return "the search did not begin"
         try:
             return self._search.result()
-        except PlacementError as error:
+        except (PlacementError, OSError) as error:
             return str(error)
         finally:
             self.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -140,6 +141,21 @@ def test_traffic_is_judged_by_what_was_recorded(tmp_path: Path, data_folder: Pat
     assert moved == 7
     assert seen[7]["placement/gain"] > 0.02
     assert seen[7]["moe/dispatch_bytes"] < 0.98 * seen[6]["moe/dispatch_bytes"]
+
+
+def steps_judged(config: Config, resumed: int, step: int) -> range:
+    """By the first search, of a run that goes on from a checkpoint."""
+    mesh = create_mesh(ep=1, device="cpu")
+    model: Any = SimpleNamespace(moe_layers=range(LAYERS))
+    rebalancer = rebalance.Rebalancer(config, mesh, model, cast(Any, None), resumed, print)
+    request: Any = rebalancer._objective(rebalancer._load_LE, step)
+    destroy_mesh()
+    return next(argument for argument in request.args if isinstance(argument, range))
+
+
+def test_traffic_before_a_resume_does_not_count(tmp_path: Path) -> None:
+    traffic = ["placement.rebalance.every=5", "placement.rebalance.objective=traffic", "placement.trace.every=1"]
+    assert MockWorld(1).run(steps_judged, config_of(tmp_path, tmp_path, *traffic), 7, 10) == [range(8, 11)]
 
 
 def fail_at_the_third_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
