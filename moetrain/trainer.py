@@ -281,9 +281,7 @@ class Trainer:
         return self.recorder.recording(step) if due else nullcontext()
 
     def _save_trace(self) -> None:
-        folder = self.config.trace_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trace(folder / recording_name(self.progress.step, self.mesh.rank), self.recorder.trace())
+        save_trace(self.config.trace_folder / recording_name(self.progress.step, self.mesh.rank), self.recorder.trace())
 
     def _update_router_biases(self, routing: RoutingTotals) -> None:
         if self.config.router.bias_update_rate > 0:
@@ -426,7 +424,12 @@ class Trainer:
     def _open_logs(self, source: Path | None, placed: str | None) -> None:
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         if self.config.placement.trace.every:
-            drop_after(self.config.trace_folder, self.progress.step)
+            folder = self.config.trace_folder
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"placement.trace.dir = {folder}: {error.strerror}; choose another folder") from None
+            drop_after(folder, self.progress.step)
         self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
         self._announce(source, placed)
 

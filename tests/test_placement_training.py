@@ -426,6 +426,15 @@ def test_a_topology_of_another_machine(tmp_path: Path, data_folder: Path) -> Non
         MockWorld(2).run(run, config_of(tmp_path / "run", data_folder, *settings))
 
 
+def test_recordings_need_a_folder(tmp_path: Path, data_folder: Path) -> None:
+    """Known at the start, not at the first step that is recorded."""
+    file = tmp_path / "file"
+    file.touch()
+    settings = ["train.micro_batch=32", "placement.trace.every=100", f"placement.trace.dir={file}"]
+    with pytest.raises(RankError, match=r"placement\.trace\.dir = .*file: File exists; choose another folder"):
+        MockWorld(1).run(run, config_of(tmp_path / "run", data_folder, *settings))
+
+
 def test_the_plan_shows_who_holds_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "placement.json"
     save_placement(path, Placement(np.array([[0, 1, 0, 0, 1, 1, 1, 0]] * 2), 2))
