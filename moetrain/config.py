@@ -757,7 +757,7 @@ def _check_placement(config: Config) -> None:
         "with parallel.engine = deepspeed must be 0: ZeRO keeps moments and float32 weights in pieces that know no "
         "experts, so that these cannot move; use parallel.engine = torch, or placement.file, which is read at start",
     )
-    term = r"([0-9.]+\*)?(load|traffic)"
+    term = r"([0-9]+(\.[0-9]+)?(e-?[0-9]+)?\*)?(load|traffic)"
     _require(
         re.fullmatch(rf"{term}(\+{term})*", rebalance.objective) is not None,
         "placement.rebalance.objective",

@@ -43,11 +43,18 @@ class Rebalancer:
     Parameters
     ----------
     model, engine : whose experts move, on more than one ep rank; the model has slots
+    step : how many steps are done
     say : shows a line to the user
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, model: Decoder, engine: ReplicatedEngine, say: Callable[[str], None]
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: Decoder,
+        engine: ReplicatedEngine,
+        step: int,
+        say: Callable[[str], None],
     ):
         self.config = config
         self.settings = config.placement.rebalance
@@ -59,9 +66,12 @@ class Rebalancer:
         self._load_LE = torch.zeros(
             len(model.moe_layers), config.model.num_experts, dtype=torch.int64, device=mesh.device
         )
-        self._searched = 0
-        """The step at which the last search began."""
+        self._counted_from = step
+        """The step after which loads are counted, or recorded: of the last search, or of the start."""
+        self._answer_due: int | None = None
+        """The step of which the ranks take up the answer of a search; None: no search has begun."""
         self._search: Search | None = None
+        """On rank 0, while it runs."""
 
     def after_step(self, step: int, load_LE: Tensor) -> dict[str, float]:
         """Count this rank's loads [L, E] of a step; begin a search, or take up its answer, where it is time.
@@ -72,7 +82,7 @@ class Rebalancer:
         """
         every, metrics = self.settings.every, dict[str, float]()
         self._load_LE += load_LE
-        if self._searched and step == self._searched + min(DELAY, every):
+        if step == self._answer_due:
             metrics = self._take_up(step)
         if step % every == 0:
             self._begin(step)
@@ -108,24 +118,27 @@ class Rebalancer:
             # Others wait for rank 0 no longer than run.timeout_minutes.
             seconds = min(TIME_LIMIT, 15 * self.config.run.timeout_minutes)
             try:
-                self._search = Search(Request(self._objective(load_LE), now, seconds))
+                self._search = Search(Request(self._objective(load_LE, step), now, seconds))
             except OSError as error:
-                self._search = None
                 self.say(f"step {step}: no search for a placement: {error}")
-        self._searched = step
+        self._counted_from = step
+        self._answer_due = step + min(DELAY, self.settings.every)
 
-    def _objective(self, load_LE: Tensor) -> Callable[[], Objective]:
+    def _objective(self, load_LE: Tensor, step: int) -> Callable[[], Objective]:
         if self.settings.objective == "load":
             return partial(LoadTerm, load_LE.double().cpu().numpy())
         name, folder = self.settings.objective, self.config.trace_folder
-        return partial(recorded_objective, name, folder, self._searched, self.topology)
+        return partial(recorded_objective, name, folder, range(self._counted_from + 1, step + 1), self.topology)
 
     def _take_up(self, step: int) -> dict[str, float]:
         found = on_rank_0(self._answer, self.mesh.host_group)
         if isinstance(found, str):
             self.say(f"step {step}: experts stay where they are: {found}")
             return {}
-        if found.gain <= 0 or found.gain < self.settings.min_gain:
+        if found.gain <= 0:
+            self.say(f"step {step}: experts stay where they are: nothing better was found")
+            return {"placement/gain": found.gain}
+        if found.gain < self.settings.min_gain:
             self.say(
                 f"step {step}: experts stay where they are: {self.settings.objective} would fall by {found.gain:.1%}, "
                 f"less than placement.rebalance.min_gain = {self.settings.min_gain:.1%}"
@@ -139,7 +152,7 @@ class Rebalancer:
             return "the search did not begin"
         try:
             return self._search.result()
-        except PlacementError as error:
+        except (PlacementError, OSError) as error:
             return str(error)
         finally:
             self.close()

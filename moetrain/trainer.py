@@ -35,7 +35,7 @@ from moetrain.data import (
 from moetrain.engine import create_engine
 from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
-from moetrain.expert_placement import ExpertPlacement, initial_placement
+from moetrain.expert_placement import initial_placement
 from moetrain.files import write_text
 from moetrain.flops import parameters
 from moetrain.kernels import autotune
@@ -135,14 +135,15 @@ class Trainer:
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         checkpoints = self.folder / "checkpoints"
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
-        self.placement, placed = on_rank_0(lambda: self._initial_placement(source), mesh.host_group)
+        saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
+        self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
         if source is None:
             self.model.initialize(config.train.seed)
         self.engine = create_engine(config, mesh, self.model)
-        if source is not None:
-            self._resume(source)
+        if source is not None and saved is not None:
+            self._resume(source, saved)
         self.rebalancer = self._rebalancer()
         self.checkpointer = Checkpointer(
             checkpoints,
@@ -280,9 +281,7 @@ class Trainer:
         return self.recorder.recording(step) if due else nullcontext()
 
     def _save_trace(self) -> None:
-        folder = self.config.trace_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trace(folder / recording_name(self.progress.step, self.mesh.rank), self.recorder.trace())
+        save_trace(self.config.trace_folder / recording_name(self.progress.step, self.mesh.rank), self.recorder.trace())
 
     def _update_router_biases(self, routing: RoutingTotals) -> None:
         if self.config.router.bias_update_rate > 0:
@@ -410,9 +409,6 @@ class Trainer:
         raise_together(error, self.mesh)
         return file
 
-    def _initial_placement(self, source: Path | None) -> tuple[ExpertPlacement | None, str | None]:
-        return initial_placement(self.config, None if source is None else read_manifest(source).progress)
-
     def _placement_record(self) -> dict[str, Any] | None:
         """Where the experts are now, for the manifest."""
         if self.placement is None:
@@ -423,26 +419,39 @@ class Trainer:
         if self.config.placement.rebalance.every == 0 or self.mesh.ep == 1:
             return None
         assert isinstance(self.engine, ReplicatedEngine)
-        return Rebalancer(self.config, self.mesh, self.model, self.engine, self._message)
+        return Rebalancer(self.config, self.mesh, self.model, self.engine, self.progress.step, self._message)
 
     def _open_logs(self, source: Path | None, placed: str | None) -> None:
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         if self.config.placement.trace.every:
-            drop_after(self.config.trace_folder, self.progress.step)
+            folder = self.config.trace_folder
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"placement.trace.dir = {folder}: {error.strerror}; choose another folder") from None
+            drop_after(folder, self.progress.step)
         self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
         self._announce(source, placed)
 
-    def _resume(self, source: Path) -> None:
-        """Continue where a checkpoint of the same model left off."""
+    def _saved_progress(self, source: Path) -> dict[str, Any]:
+        """What a checkpoint says of its run. Raises CheckpointError if that was of another model."""
         saved = read_manifest(source).progress
-        # As JSON has both: a tuple comes back as a list.
-        old, new = saved["config"], json.loads(json.dumps(asdict(self.config)))
-        different = [f"model.{k}" for k, value in new["model"].items() if old["model"].get(k) != value]
+        old, new = saved["config"]["model"], self._config_as_json()["model"]
+        different = [f"model.{k}" for k, value in new.items() if old.get(k) != value]
         if different:
             raise CheckpointError(
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
                 "run.dir"
             )
+        return saved
+
+    def _config_as_json(self) -> dict[str, Any]:
+        """As a checkpoint has it: a tuple comes back as a list."""
+        return json.loads(json.dumps(asdict(self.config)))
+
+    def _resume(self, source: Path, saved: dict[str, Any]) -> None:
+        """Continue where a checkpoint of the same model left off."""
+        old, new = saved["config"], self._config_as_json()
         tensors = logical_tensors(self.model, self.engine)
         load(source, tensors, self.mesh)
         self.engine.restore(tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
+
+import numpy as np
 
 from moetrain.errors import PlacementError, TraceError
 from moetrain.placement.objectives import Objective, objective
@@ -52,15 +56,19 @@ def find(request: Request) -> Found:
     return Found(solve(problem, "swaps", time_limit=request.time_limit, start=start), term.cost(start.gpu_LE))
 
 
-def recorded_objective(name: str, folder: Path, after_step: int, topology: Topology) -> Objective:
-    """The objective of that name for the tokens that were recorded in a folder after a step.
+def recorded_objective(name: str, folder: Path, steps: range, topology: Topology) -> Objective:
+    """The objective of that name for the tokens that were recorded in a folder in these steps; later ones may be there
+    already.
 
     A GPU is what has this place in any ep group. Raises TraceError where there are no such tokens.
     """
     trace = load_trace(folder)
-    if trace.step_S is None or trace.source_S is None or not (trace.step_S > after_step).any():
-        raise TraceError(f"{folder}: no tokens with step and source after step {after_step}; see placement.trace.every")
-    recent = trace.select(trace.step_S > after_step)
+    if trace.step_S is None or trace.source_S is None or not (chosen_S := np.isin(trace.step_S, steps)).any():
+        raise TraceError(
+            f"{folder}: no tokens with step and source of steps {steps.start} to {steps.stop - 1}; see "
+            "placement.trace.every"
+        )
+    recent = trace.select(chosen_S)
     assert recent.source_S is not None
     return objective(name, replace(recent, source_S=recent.source_S % topology.num_gpus), topology)
 
@@ -77,7 +85,7 @@ class Search:
         (folder / "request").write_bytes(pickle.dumps(request))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import _search; _search()", str(folder)],
+                [sys.executable, "-c", f"from {__name__} import _search; _search()", str(folder), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -108,4 +116,13 @@ def _search() -> None:
     """What the process does."""
     os.nice(10)
     folder = Path(sys.argv[1])
+    Thread(target=_end_with, args=(int(sys.argv[2]), folder), daemon=True).start()
     (folder / "answer").write_bytes(pickle.dumps(find(pickle.loads((folder / "request").read_bytes()))))
+
+
+def _end_with(parent: int, folder: Path) -> None:
+    """End this process, and remove its folder, when the one that asked is gone: killed, it cannot do so itself."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

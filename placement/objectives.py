@@ -389,7 +389,7 @@ def objective(name: str, trace: Trace, topology: Topology) -> Objective:
         return TwoStages(statistics.load_LE(trace), statistics.transitions_LEE(trace), topology.distance_GG)
     terms = []
     for part in name.replace(" ", "").split("+"):
-        match = re.fullmatch(r"(?:([0-9.]+(?:e-?[0-9]+)?)\*)?([a-z]+)", part)
+        match = re.fullmatch(r"(?:([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)\*)?([a-z]+)", part)
         if match is None or match[2] not in NAMES:
             raise PlacementError(
                 f"objective {name!r}: {part!r} is none of {', '.join(NAMES)}, which may be added up as in "

@@ -78,18 +78,32 @@ def load_placement(path: Path) -> Placement:
     """Read placement.json. Raises PlacementError, which names the file and what is wrong in it."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        gpu_LE = np.array(record["assignment"], dtype=np.int64)
-        placement = Placement(gpu_LE, int(record["num_gpus"]))
-        declared = (int(record["num_layers"]), int(record["num_experts"]))
+        layers, experts, gpus, assignment = (
+            record[key] for key in ("num_layers", "num_experts", "num_gpus", "assignment")
+        )
     except OSError as error:
         raise PlacementError(f"{path}: {error.strerror}") from None
     except KeyError as error:
-        raise PlacementError(f"{path}: no key {error}; `moetrain place` writes such files") from None
-    except (ValueError, TypeError, PlacementError) as error:
+        raise PlacementError(f"{path}: no key {error}") from None
+    except TypeError:
+        raise PlacementError(f"{path}: holds no JSON object") from None
+    except (ValueError, RecursionError) as error:
+        raise PlacementError(f"{path}: no JSON: {error}") from None
+    try:
+        gpu_LE = np.array(assignment)
+    except ValueError:
+        raise PlacementError(f"{path}: assignment has layers of different lengths") from None
+    if gpu_LE.size and gpu_LE.dtype != np.int64:
+        raise PlacementError(f"{path}: assignment has something else than whole numbers")
+    if type(gpus) is not int or gpus < 1:
+        raise PlacementError(f"{path}: num_gpus is {gpus}, no number of GPUs")
+    try:
+        placement = Placement(gpu_LE, gpus)
+    except PlacementError as error:
         raise PlacementError(f"{path}: {error}") from None
-    if declared != gpu_LE.shape:
+    if (layers, experts) != gpu_LE.shape:
         raise PlacementError(
-            f"{path}: num_layers × num_experts is {declared[0]} × {declared[1]}, but the assignment is "
+            f"{path}: num_layers × num_experts is {layers} × {experts}, but the assignment is "
             f"{gpu_LE.shape[0]} × {gpu_LE.shape[1]}"
         )
     return placement

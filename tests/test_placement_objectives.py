@@ -186,3 +186,5 @@ def test_names_of_objectives():
         objective("load+speed", trace, topology)
     with pytest.raises(PlacementError, match="none of"):
         objective("-1*load", trace, topology)
+    with pytest.raises(PlacementError, match=r"'1\.2\.3\*load' is none of"):
+        objective("1.2.3*load", trace, topology)
