@@ -74,10 +74,12 @@ def _lpt(incumbent: Incumbent, rng: np.random.Generator) -> None:
         raise PlacementError("solver lpt balances load, and the objective has none in it: choose another, as auto")
     seed = int(rng.integers(2**31))
     # Where load is not all that counts, what it costs to pack it better is better spent on the whole.
-    deadline = incumbent.deadline if load is problem.objective else None
-    gpu_LE, bound_L = pack(load.load_LE, problem.num_gpus, problem.least, problem.most, deadline, seed)
+    alone = load is problem.objective
+    gpu_LE, bound_L = pack(
+        load.load_LE, problem.num_gpus, problem.least, problem.most, incumbent.deadline, seed, programs=alone
+    )
     incumbent.offer(gpu_LE, "lpt")
-    if load is problem.objective:
+    if alone:
         incumbent.prove(float(bound_L.sum()), "lpt")
 
 
@@ -113,7 +115,7 @@ def _moetuner(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 
 def _assignment(incumbent: Incumbent, rng: np.random.Generator) -> None:
-    incumbent.offer(by_assignment(incumbent.problem, incumbent.gpu_LE), "assignment")
+    incumbent.offer(by_assignment(incumbent.problem, incumbent.gpu_LE, incumbent.deadline), "assignment")
 
 
 def _swaps(incumbent: Incumbent, rng: np.random.Generator) -> None:
