@@ -14,7 +14,7 @@ from moetrain.errors import PlacementError
 from moetrain.placement.bounds import raise_bound
 from moetrain.placement.descent import by_assignment, by_swaps, random_assignment
 from moetrain.placement.integer_programs import solve_program
-from moetrain.placement.load import pack
+from moetrain.placement.load import pack, pack_lpt
 from moetrain.placement.moetuner import tune
 from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, WeightedSum
 from moetrain.placement.placement import Placement
@@ -100,6 +100,8 @@ def _moetuner(incumbent: Incumbent, rng: np.random.Generator) -> None:
     problem, stages = incumbent.problem, incumbent.problem.objective
     if not isinstance(stages, TwoStages):
         raise PlacementError("solver moetuner is for the objective of that name: choose that, or another solver")
+    # Until the first stage has ended this is what an interrupt leaves.
+    incumbent.offer(pack_lpt(stages.load_LE, problem.num_gpus, problem.least, problem.most), "lpt")
     tuned = tune(
         stages.load_LE,
         stages.transitions_LEE,
@@ -109,6 +111,7 @@ def _moetuner(incumbent: Incumbent, rng: np.random.Generator) -> None:
         incumbent.deadline,
         start=incumbent.gpu_LE,
         seed=int(rng.integers(2**31)),
+        balanced=lambda cluster_LE: incumbent.offer(cluster_LE, "moetuner"),
     )
     incumbent.offer(tuned.gpu_LE, "moetuner")
     incumbent.prove(tuned.bound.deviation, "moetuner")

@@ -8,6 +8,7 @@ import pulp
 import pytest
 
 from moetrain.errors import PlacementError
+from moetrain.placement import moetuner
 from moetrain.placement.bounds import most_together, raise_bound
 from moetrain.placement.descent import by_assignment, by_swaps
 from moetrain.placement.integer_programs import Program, solve_program
@@ -292,6 +293,17 @@ def test_semidefinite_bounds_on_traffic_hold(top_k, gpus, sources):
     counted = problem.objective.lower_bound(gpus, problem.least, problem.most)
     assert counted <= incumbent.bound <= best.cost + 1e-9
     assert incumbent.bound > 0.8 * best.cost
+
+
+@pytest.mark.parametrize("stage", ["cluster", "assign_clusters"])
+def test_an_interrupt_of_moetuner_keeps_what_balances(stage, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    problem = Problem.equal(objective("moetuner", draw_trace(0), Topology.uniform(3)), 3, 6, 3)
+    tuned, contiguous = solve(problem, "moetuner"), solve(problem, "contiguous")
+    monkeypatch.setattr(moetuner, stage, interrupted)
+    assert tuned.cost <= solve(problem).cost < 0.7 * contiguous.cost
 
 
 def test_descents_and_annealing_keep_their_deadline():
