@@ -378,6 +378,11 @@ class TwoStages:
         return 0.0
 
 
+def parts(objective: Objective) -> list[tuple[float, Objective]]:
+    """The weights and terms of a sum; of another objective, itself."""
+    return list(objective.terms) if isinstance(objective, WeightedSum) else [(1.0, objective)]
+
+
 NAMES = ("load", "traffic", "hops")
 
 

@@ -16,7 +16,7 @@ from moetrain.placement.descent import by_assignment, by_swaps, random_assignmen
 from moetrain.placement.integer_programs import solve_program
 from moetrain.placement.load import pack, pack_lpt
 from moetrain.placement.moetuner import tune
-from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, WeightedSum
+from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, parts
 from moetrain.placement.placement import Placement
 from moetrain.placement.problem import Incumbent, Problem, Progress, Solution
 from moetrain.placement.replicas import eplb
@@ -145,10 +145,7 @@ def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 def _load(objective: Objective) -> LoadTerm | None:
     """The load in an objective."""
-    if isinstance(objective, LoadTerm):
-        return objective
-    terms = objective.terms if isinstance(objective, WeightedSum) else []
-    return next((term for _, term in terms if isinstance(term, LoadTerm)), None)
+    return next((term for _, term in parts(objective) if isinstance(term, LoadTerm)), None)
 
 
 _SOLVERS: dict[str, Solver] = {
