@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -128,15 +129,27 @@ def _check_options(args: argparse.Namespace) -> None:
     for name, value in {"--gpus": args.gpus, "--experts": args.experts, "--most": args.most}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: expected a positive number")
+    for name, value in {"--least": args.least, "--seed": args.seed}.items():
+        if value is not None and value < 0:
+            raise ConfigError(f"{name} {value}: expected 0 or a positive number")
     if not 0 < args.time_limit < inf:
         raise ConfigError(f"--time-limit {args.time_limit:g}: expected seconds, more than 0")
     if args.holdout is not None and not 0 < args.holdout < 1:
         raise ConfigError(f"--holdout {args.holdout:g}: expected a fraction between 0 and 1")
     if args.report is not None and args.report.suffix not in FORMATS:
         raise ConfigError(f"--report {args.report}: expected a name that ends in {' or '.join(FORMATS)}")
-    for file in (args.out, args.report, args.json):
-        if file is not None and not file.parent.is_dir():
+    files = [file for file in (args.out, args.report, args.json) if file is not None]
+    if len({file.resolve() for file in files}) < len(files):
+        raise ConfigError("--out, --report, --json: two of them name the same file")
+    for file in files:
+        if not file.parent.is_dir():
             raise PlacementError(f"{file}: there is no folder {file.parent}; make it first")
+        if file.is_dir():
+            raise PlacementError(f"{file}: is a folder; name a file")
+        try:
+            tempfile.TemporaryFile(dir=file.parent).close()
+        except OSError as error:
+            raise PlacementError(f"{file}: cannot write to {file.parent}: {error.strerror}; choose another") from None
 
 
 def _problem(args: argparse.Namespace, trace: Trace, topology: Topology) -> Problem:

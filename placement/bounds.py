@@ -32,10 +32,9 @@ from scipy import sparse
 
 from moetrain.placement.objectives import (
     HopTerm,
-    Objective,
     Table,
     TrafficTerm,
-    WeightedSum,
+    parts,
     reaches,
     uniform,
 )
@@ -51,10 +50,11 @@ _LOOK = 20
 def raise_bound(incumbent: Incumbent, rng: np.random.Generator) -> None:
     """Raise the incumbent's bound, where all GPUs have equally many experts."""
     problem = incumbent.problem
-    terms = problem.objective.terms if isinstance(problem.objective, WeightedSum) else [(1.0, problem.objective)]
+    terms = parts(problem.objective)
     if problem.least != problem.most or problem.num_gpus == 1:
         return
-    proven = [weight * _lower_bound(incumbent, term) for weight, term in terms]
+    shares = problem.num_gpus, problem.least, problem.most
+    proven = [weight * term.lower_bound(*shares) for weight, term in terms]
     for at, (weight, term) in enumerate(terms):
         deadline = time.monotonic() + incumbent.seconds_left / (len(terms) - at)
         bounds: Iterator[float] = iter(())
@@ -65,11 +65,6 @@ def raise_bound(incumbent: Incumbent, rng: np.random.Generator) -> None:
         for bound in bounds:
             proven[at] = max(proven[at], weight * bound)
             incumbent.prove(sum(proven), "semidefinite")
-
-
-def _lower_bound(incumbent: Incumbent, term: Objective) -> float:
-    problem = incumbent.problem
-    return term.lower_bound(problem.num_gpus, problem.least, problem.most)
 
 
 def _hops(term: HopTerm, num_gpus: int, most: int, deadline: float) -> Iterator[float]:

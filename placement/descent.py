@@ -20,12 +20,15 @@ def random_assignment(problem: Problem, rng: np.random.Generator) -> Assignment:
     return rng.permuted(np.tile(gpu_E, (problem.num_layers, 1)), axis=1)
 
 
-def by_assignment(problem: Problem, gpu_LE: Assignment) -> Assignment:
+def by_assignment(problem: Problem, gpu_LE: Assignment, deadline: float) -> Assignment:
     """Solve each layer with its neighbours fixed, to optimality (Hungarian), until no layer improves: for objectives
-    that are linear in a layer. Others are returned as they are."""
+    that are linear in a layer. Others are returned as they are.
+
+    `deadline` is on the clock of `time.monotonic`.
+    """
     gpu_LE = gpu_LE.copy()
     waiting = list(range(problem.num_layers))
-    while waiting:
+    while waiting and time.monotonic() < deadline:
         layer = waiting.pop(0)
         linear_EG = problem.term.linear(layer, gpu_LE, problem.num_gpus)
         if linear_EG is None:

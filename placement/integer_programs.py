@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import pulp
 
-from moetrain.placement.objectives import HopTerm, LoadTerm, Objective, TrafficTerm, WeightedSum
+from moetrain.placement.objectives import HopTerm, LoadTerm, TrafficTerm, parts
 from moetrain.placement.placement import Assignment
 from moetrain.placement.problem import Incumbent, Problem
 from moetrain.placement.program import minimise
@@ -50,16 +50,12 @@ def solve_program(incumbent: Incumbent, rng: np.random.Generator) -> None:
 def size(problem: Problem) -> int:
     """About how many coefficients the program has."""
     gpus, total = problem.num_gpus, 3 * problem.num_layers * problem.num_experts * problem.num_gpus
-    for _, term in _terms(problem.objective):
+    for _, term in parts(problem.objective):
         if isinstance(term, HopTerm):
             total += int(np.count_nonzero(term.transitions_LEE)) * gpus * (gpus + 1)
         if isinstance(term, TrafficTerm):
             total += sum(len(rows.row_N) for rows in term.rows) * gpus * 2
     return total
-
-
-def _terms(objective: Objective) -> list[tuple[float, Objective]]:
-    return list(objective.terms) if isinstance(objective, WeightedSum) else [(1.0, objective)]
 
 
 class Program:
@@ -95,7 +91,7 @@ class Program:
                 for gpu in self.gpus[1:]:
                     self.program += place_G[gpu] <= pulp.lpSum(before_G[gpu - 1] for before_G in first_EG[:expert])
         costs: list[pulp.LpAffineExpression] = []
-        for weight, term in _terms(problem.objective):
+        for weight, term in parts(problem.objective):
             if isinstance(term, LoadTerm):
                 costs += [scale * weight * cost for cost in self.load(term)]
             elif isinstance(term, HopTerm):

@@ -66,13 +66,15 @@ def pack(
     most: int,
     deadline: float | None = None,
     seed: int = 0,
+    programs: bool = True,
 ) -> tuple[Assignment, NDArray[np.float64]]:
     """The best packing found of each layer, and a bound [L] that no packing of the layer is below.
 
     Longest processing time first; then exchanges of one or two experts between the most loaded GPU and another, with
-    random disturbances; then, if there is a `deadline` (of `time.monotonic()`), an integer program for each layer that
-    is still more than TOLERANCE above its bound and small enough. Without one, it ends when exchanges lead nowhere. A
-    program's bound is proven to within its solver's tolerance, 1e-6, which is taken off.
+    random disturbances; then, if there is a `deadline` (of `time.monotonic()`) and unless there are to be no
+    `programs`, an integer program for each layer that is still more than TOLERANCE above its bound and small enough.
+    Else it ends when exchanges lead nowhere. A program's bound is proven to within its solver's tolerance, 1e-6, which
+    is taken off.
 
     Loads are ≥ 0, in any unit. Raises PlacementError where E experts cannot be shared by `least` to `most`.
     """
@@ -94,7 +96,8 @@ def pack(
         gpu_LE[layer] = _exchange(load_LE[layer], gpu_LE[layer], num_gpus, least, most, target, until, rng)
     cost_L = gpu_load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
 
-    layers = open_layers() if deadline is not None and load_LE.shape[1] * num_gpus <= PROGRAM_VARIABLES else []
+    small = load_LE.shape[1] * num_gpus <= PROGRAM_VARIABLES
+    layers = open_layers() if programs and small and deadline is not None else []
     for done, layer in enumerate(layers):
         seconds = share(len(layers) - done)
         if seconds > 0:

@@ -24,6 +24,7 @@ Shapes: L MoE layers, E experts, G GPUs and clusters, N permutations or exchange
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -76,13 +77,14 @@ def tune(
     deadline: float,
     start: Assignment | None = None,
     seed: int = 0,
+    balanced: Callable[[Assignment], object] | None = None,
 ) -> Tuned:
     """Both stages, by heuristics and then by their programs, until `deadline` (of `time.monotonic()`).
 
     `transitions_LEE` [L − 1, E, E] are tokens, or fractions of them, between neighbouring layers; `link_cost_GG` is
     1 / bandwidth in any unit, as `Topology.distance_GG` or `seconds_per_byte_GG`, 0 on the diagonal. Stage 1 has half
-    of the time. The result is never worse than `start`. Raises PlacementError where E experts cannot be shared by
-    `least` to `most`.
+    of the time; `balanced` is called with what it ends with. The result is never worse than `start`. Raises
+    PlacementError where E experts cannot be shared by `least` to `most`.
     """
     num_gpus = len(link_cost_GG)
     check_shares(load_LE.shape[1], num_gpus, least, most)
@@ -90,6 +92,8 @@ def tune(
     cluster_LE, deviation_bound = cluster(
         load_LE, num_gpus, least, most, now + max(deadline - now, 0) / 2, start=start, seed=seed
     )
+    if balanced is not None:
+        balanced(cluster_LE)
     gpu_LE, links_bound = assign_clusters(cluster_LE, transitions_LEE, link_cost_GG, deadline)
 
     def cost(assignment: Assignment) -> Cost:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import Protocol
 
 import numpy as np
@@ -377,13 +378,18 @@ class TwoStages:
         return 0.0
 
 
+def parts(objective: Objective) -> list[tuple[float, Objective]]:
+    """The weights and terms of a sum; of another objective, itself."""
+    return list(objective.terms) if isinstance(objective, WeightedSum) else [(1.0, objective)]
+
+
 NAMES = ("load", "traffic", "hops")
 
 
 def objective(name: str, trace: Trace, topology: Topology) -> Objective:
     """The objective of that name: load, traffic or hops, a sum like ``load+0.5*traffic``, or moetuner.
 
-    Raises PlacementError where the name is none of these.
+    Raises PlacementError where the name is none of these, a weight no positive number, or one layer is to have hops.
     """
     if name == "moetuner":
         return TwoStages(statistics.load_LE(trace), statistics.transitions_LEE(trace), topology.distance_GG)
@@ -395,7 +401,10 @@ def objective(name: str, trace: Trace, topology: Topology) -> Objective:
                 f"objective {name!r}: {part!r} is none of {', '.join(NAMES)}, which may be added up as in "
                 f"load+0.5*traffic, and moetuner, which stands alone"
             )
-        terms.append((float(match[1] or 1), _term(match[2], trace, topology)))
+        weight = float(match[1] or 1)
+        if not 0 < weight < inf:
+            raise PlacementError(f"objective {name!r}: the weight in {part!r} must be positive and finite")
+        terms.append((weight, _term(match[2], trace, topology)))
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)
 
 
@@ -403,6 +412,10 @@ def _term(name: str, trace: Trace, topology: Topology) -> Term:
     if name == "load":
         return LoadTerm(statistics.load_LE(trace))
     if name == "hops":
+        if trace.num_layers == 1:
+            raise PlacementError(
+                "objective hops counts steps from layer to layer, and the trace has one layer: choose load or traffic"
+            )
         return HopTerm(statistics.transitions_LEE(trace), topology.distance_GG)
     return TrafficTerm.from_trace(trace, topology.distance_GG)
 

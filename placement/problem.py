@@ -61,7 +61,9 @@ class Problem:
         if min(experts, gpus, self.num_layers) < 1:
             raise PlacementError(f"{self.num_layers} layers of {experts} experts on {gpus} GPUs: each must be positive")
         if not 0 <= self.least <= self.most:
-            raise PlacementError(f"bounds of {self.least} to {self.most} experts on a GPU: least may not exceed most")
+            raise PlacementError(
+                f"bounds of {self.least} to {self.most} experts on a GPU: least may not exceed most, nor be negative"
+            )
         if self.least * gpus > experts:
             raise PlacementError(
                 f"at least {self.least} experts on each of {gpus} GPUs takes {self.least * gpus}, but a layer has "

@@ -36,6 +36,8 @@ def search(incumbent: Incumbent, rng: np.random.Generator) -> None:
     sweeps, found, began = 32.0, incumbent.seconds, incumbent.seconds
     while True:
         for heat in _HEATS:
+            if incumbent.done:
+                return
             start_LE = incumbent.gpu_LE if heat < 1 else random_assignment(problem, rng)
             pool.append(
                 polish(
@@ -43,13 +45,13 @@ def search(incumbent: Incumbent, rng: np.random.Generator) -> None:
                 )
             )
             improved = incumbent.offer(pool[-1], "search")
+            if incumbent.done:
+                return
             pool.append(polish(problem, recombine(problem, pool), incumbent.deadline))
             improved |= incumbent.offer(pool[-1], "search")
             pool = _best(problem, pool)
             if improved:
                 found = incumbent.seconds
-            if incumbent.done:
-                return
         if incumbent.seconds - began > 4 * (found - began) + 1:
             return
         sweeps *= 1.5
@@ -59,7 +61,7 @@ def polish(problem: Problem, gpu_LE: Assignment, deadline: float) -> Assignment:
     """Descend until no layer, no renaming of GPUs from a layer on, and no swap helps."""
     cost = problem.term.cost(gpu_LE)
     while True:
-        better_LE = recombine(problem, [by_assignment(problem, gpu_LE)])
+        better_LE = recombine(problem, [by_assignment(problem, gpu_LE, deadline)])
         better_LE = by_swaps(problem, better_LE, deadline)
         better = problem.term.cost(better_LE)
         if better >= cost - EXACT * abs(cost):
@@ -83,14 +85,14 @@ def anneal(
     for sweep in range(sweeps):
         temperature = price * heat * (_COLD / heat) ** (sweep / max(sweeps - 1, 1))
         for layer in layers if sweep % 2 else reversed(layers):
+            if time.monotonic() > deadline:
+                return gpu_LE
             linear_EG = objective.linear(layer, gpu_LE, gpus)
             if linear_EG is None:
                 _swap_some(problem, layer, gpu_LE, temperature, rng)
             else:
                 noise_EG = temperature * rng.gumbel(size=linear_EG.shape)
                 gpu_LE[layer] = transport(linear_EG - noise_EG, problem.least, problem.most)
-        if time.monotonic() > deadline:
-            break
     return gpu_LE
 
 

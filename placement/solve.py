@@ -14,9 +14,9 @@ from moetrain.errors import PlacementError
 from moetrain.placement.bounds import raise_bound
 from moetrain.placement.descent import by_assignment, by_swaps, random_assignment
 from moetrain.placement.integer_programs import solve_program
-from moetrain.placement.load import pack
+from moetrain.placement.load import pack, pack_lpt
 from moetrain.placement.moetuner import tune
-from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, WeightedSum
+from moetrain.placement.objectives import LoadTerm, Objective, TwoStages, parts
 from moetrain.placement.placement import Placement
 from moetrain.placement.problem import Incumbent, Problem, Progress, Solution
 from moetrain.placement.replicas import eplb
@@ -74,10 +74,12 @@ def _lpt(incumbent: Incumbent, rng: np.random.Generator) -> None:
         raise PlacementError("solver lpt balances load, and the objective has none in it: choose another, as auto")
     seed = int(rng.integers(2**31))
     # Where load is not all that counts, what it costs to pack it better is better spent on the whole.
-    deadline = incumbent.deadline if load is problem.objective else None
-    gpu_LE, bound_L = pack(load.load_LE, problem.num_gpus, problem.least, problem.most, deadline, seed)
+    alone = load is problem.objective
+    gpu_LE, bound_L = pack(
+        load.load_LE, problem.num_gpus, problem.least, problem.most, incumbent.deadline, seed, programs=alone
+    )
     incumbent.offer(gpu_LE, "lpt")
-    if load is problem.objective:
+    if alone:
         incumbent.prove(float(bound_L.sum()), "lpt")
 
 
@@ -98,6 +100,8 @@ def _moetuner(incumbent: Incumbent, rng: np.random.Generator) -> None:
     problem, stages = incumbent.problem, incumbent.problem.objective
     if not isinstance(stages, TwoStages):
         raise PlacementError("solver moetuner is for the objective of that name: choose that, or another solver")
+    # Until the first stage has ended this is what an interrupt leaves.
+    incumbent.offer(pack_lpt(stages.load_LE, problem.num_gpus, problem.least, problem.most), "lpt")
     tuned = tune(
         stages.load_LE,
         stages.transitions_LEE,
@@ -107,13 +111,14 @@ def _moetuner(incumbent: Incumbent, rng: np.random.Generator) -> None:
         incumbent.deadline,
         start=incumbent.gpu_LE,
         seed=int(rng.integers(2**31)),
+        balanced=lambda cluster_LE: incumbent.offer(cluster_LE, "moetuner"),
     )
     incumbent.offer(tuned.gpu_LE, "moetuner")
     incumbent.prove(tuned.bound.deviation, "moetuner")
 
 
 def _assignment(incumbent: Incumbent, rng: np.random.Generator) -> None:
-    incumbent.offer(by_assignment(incumbent.problem, incumbent.gpu_LE), "assignment")
+    incumbent.offer(by_assignment(incumbent.problem, incumbent.gpu_LE, incumbent.deadline), "assignment")
 
 
 def _swaps(incumbent: Incumbent, rng: np.random.Generator) -> None:
@@ -129,8 +134,11 @@ def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
         return
     exhaust(incumbent, rng)
     load = _load(objective)
-    rungs: list[tuple[Solver, float]] = [] if load is None else [(_lpt, 1.0 if load is objective else 0.2)]
-    if load is not objective:
+    if load is objective:
+        rungs: list[tuple[Solver, float]] = [(_lpt, 1.0)]
+    else:
+        # Packing ends where no swap helps the rest any more, so what swaps come to without it competes with it.
+        rungs = [] if load is None else [(_swaps, 0.2), (_lpt, 0.2)]
         rungs += [(_assignment, 1.0), (search, 0.7), (raise_bound, 0.7), (solve_program, 1.0)]
     for rung, part in rungs:
         if not incumbent.done:
@@ -140,10 +148,7 @@ def _auto(incumbent: Incumbent, rng: np.random.Generator) -> None:
 
 def _load(objective: Objective) -> LoadTerm | None:
     """The load in an objective."""
-    if isinstance(objective, LoadTerm):
-        return objective
-    terms = objective.terms if isinstance(objective, WeightedSum) else []
-    return next((term for _, term in terms if isinstance(term, LoadTerm)), None)
+    return next((term for _, term in parts(objective) if isinstance(term, LoadTerm)), None)
 
 
 _SOLVERS: dict[str, Solver] = {

@@ -214,10 +214,21 @@ def test_an_interrupt_reaches_a_program_that_runs():
         (["--calibration", "four.yaml"], 1, "four.yaml: no such key: nodes"),
         (["--report", "r.pdf"], 2, "--report r.pdf: expected a name that ends in .html or .png"),
         (["--out", "nowhere/p.json"], 1, "nowhere/p.json: there is no folder nowhere"),
+        (["--out", "/proc/p.json"], 1, "/proc/p.json: cannot write to /proc"),
+        (["--json", "/proc/p.json"], 1, "/proc/p.json: cannot write to /proc"),
+        (["--out", "."], 1, ".: is a folder"),
+        (["--json", "./p.json"], 2, "two of them name the same file"),
+        (["--seed", "-1"], 2, "--seed -1: expected 0 or a positive number"),
+        (["--least", "-1"], 2, "--least -1: expected 0 or a positive number"),
+        (["--objective", "load+0*hops"], 1, "the weight in '0*hops' must be positive and finite"),
+        (["--objective", "load+1e999*hops"], 1, "the weight in '1e999*hops' must be positive and finite"),
+        (["--objective", "load+1..2*hops"], 1, "'1..2*hops' is none of load"),
+        (["--objective", "load+hops", "--trace", "one.npy"], 1, "the trace has one layer"),
     ],
 )
 def test_bad_input_is_one_line(options, code, message, place, trace, tmp_path, capsys):
     np.save(tmp_path / "ids.npy", trace.expert_ids_SLK)
+    np.save(tmp_path / "one.npy", trace.expert_ids_SLK[:, :1])
     np.save(tmp_path / "few.npy", trace.expert_ids_SLK[:3])
     np.save(tmp_path / "some.npy", trace.expert_ids_SLK[(trace.expert_ids_SLK < 7).all((1, 2))])
     (tmp_path / "four.yaml").write_text("nodes: 1\ngpus_per_node: 4\nnvlink: {bandwidth: 450 GB/s, latency: 2 us}\n")

@@ -8,8 +8,9 @@ import pulp
 import pytest
 
 from moetrain.errors import PlacementError
+from moetrain.placement import moetuner
 from moetrain.placement.bounds import most_together, raise_bound
-from moetrain.placement.descent import by_swaps
+from moetrain.placement.descent import by_assignment, by_swaps
 from moetrain.placement.integer_programs import Program, solve_program
 from moetrain.placement.objectives import HopTerm, LoadTerm, TrafficTerm, WeightedSum, objective
 from moetrain.placement.placement import Assignment, Placement
@@ -292,6 +293,26 @@ def test_semidefinite_bounds_on_traffic_hold(top_k, gpus, sources):
     counted = problem.objective.lower_bound(gpus, problem.least, problem.most)
     assert counted <= incumbent.bound <= best.cost + 1e-9
     assert incumbent.bound > 0.8 * best.cost
+
+
+@pytest.mark.parametrize("stage", ["cluster", "assign_clusters"])
+def test_an_interrupt_of_moetuner_keeps_what_balances(stage, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    problem = Problem.equal(objective("moetuner", draw_trace(0), Topology.uniform(3)), 3, 6, 3)
+    tuned, contiguous = solve(problem, "moetuner"), solve(problem, "contiguous")
+    monkeypatch.setattr(moetuner, stage, interrupted)
+    assert tuned.cost <= solve(problem).cost < 0.7 * contiguous.cost
+
+
+def test_descents_and_annealing_keep_their_deadline():
+    problem = Problem.equal(HopTerm(chain(0, 4, 8), 1.0 - np.eye(4)), 4, 8, 4)
+    start_LE = Placement.contiguous(4, 8, 4).gpu_LE
+    assert (by_assignment(problem, start_LE, -np.inf) == start_LE).all()
+    assert (by_swaps(problem, start_LE, -np.inf) == start_LE).all()
+    assert (anneal(problem, start_LE, 1.0, 9, np.random.default_rng(0), -np.inf) == start_LE).all()
+    assert (by_assignment(problem, start_LE, np.inf) != start_LE).any()
 
 
 def test_bound_of_hops_between_islands():
