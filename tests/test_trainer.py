@@ -219,9 +219,9 @@ def test_kernels_are_configured_and_their_compilation_is_reported_once(
     assert configured == [True]
 
 
-def test_a_signal_to_the_whole_process_group_leaves_the_compilers_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@inductor_config.patch(compile_threads=2)
+def test_a_signal_to_the_whole_process_group_leaves_the_compilers_at_work() -> None:
     """Without them torch waits for ever at the next compilation."""
-    monkeypatch.setattr(inductor_config, "compile_threads", 2)
     AsyncCompile.process_pool.cache_clear()  # another test may have started one
     before = set(psutil.Process().children())
     start_compile_workers()
