@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -21,7 +20,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, PlacementError
+from moetrain.placement.sums import parse_sum
 
 
 @dataclass(frozen=True)
@@ -757,13 +757,12 @@ def _check_placement(config: Config) -> None:
         "with parallel.engine = deepspeed must be 0: ZeRO keeps moments and float32 weights in pieces that know no "
         "experts, so that these cannot move; use parallel.engine = torch, or placement.file, which is read at start",
     )
-    term = r"([0-9]+(\.[0-9]+)?(e-?[0-9]+)?\*)?(load|traffic)"
-    _require(
-        re.fullmatch(rf"{term}(\+{term})*", rebalance.objective) is not None,
-        "placement.rebalance.objective",
-        rebalance.objective,
-        "must be load, traffic or a sum like load+0.1*traffic; others cost a training step nothing",
-    )
+    try:
+        parse_sum(rebalance.objective, ("load", "traffic"))
+    except PlacementError as error:
+        raise ConfigError(
+            f"placement.rebalance.objective = {rebalance.objective}: {error}; others cost a training step nothing"
+        ) from None
     _require(
         rebalance.objective == "load" or placement.trace.every > 0,
         "placement.rebalance.objective",

@@ -29,6 +29,7 @@ from moetrain.parallel.migration import ExpertTensor, migrate, migration_bytes, 
 from moetrain.placement.background import Found, Request, Search, recorded_objective
 from moetrain.placement.objectives import LoadTerm, Objective
 from moetrain.placement.placement import Placement
+from moetrain.placement.statistics import load_LG
 from moetrain.placement.topology import Topology, load_topology
 
 DELAY = 10
@@ -213,6 +214,5 @@ def expert_tensors(model: Decoder, engine: ReplicatedEngine) -> list[list[Expert
 
 def rank_load(load_LE: Tensor, expert_ranks: Sequence[Sequence[int]], ep: int) -> float:
     """Load of the fullest ep rank over the mean, 1 if all have the same: Σ_l max_g / Σ_l mean_g of loads [L, E]."""
-    load_LG = torch.zeros(load_LE.shape[0], ep, dtype=torch.float64, device="cpu")
-    load_LG.scatter_add_(1, torch.tensor(expert_ranks, device="cpu"), load_LE.double().cpu())
-    return float(load_LG.amax(1).sum() / load_LG.mean(1).sum())
+    loads_LG = load_LG(load_LE.cpu().numpy(), np.array(expert_ranks), ep)
+    return float(loads_LG.max(1).sum() / loads_LG.mean(1).sum())

@@ -15,7 +15,7 @@ from rich.table import Table
 from moetrain.errors import ConfigError
 from moetrain.files import write_text
 from moetrain.placement.load import pack
-from moetrain.placement.placement import Placement
+from moetrain.placement.placement import Assignment, Placement
 from moetrain.placement.statistics import Drift, drift, imbalance_L, load_LE, load_LG, transitions_LEE, windows
 from moetrain.placement.trace import Trace, load_trace
 
@@ -101,7 +101,7 @@ def describe(trace: Trace, gpus: int | None = None) -> Info:
 def _layers(trace: Trace, gpus: int | None) -> list[Layer]:
     load, transitions = load_LE(trace), transitions_LEE(trace)
     expert_imbalance = imbalance_L(load)
-    gpu_imbalance = None if gpus is None else imbalance_L(load_LG(load, _contiguous(trace, gpus)))
+    gpu_imbalance = None if gpus is None else imbalance_L(load_LG(load, _contiguous(trace, gpus), gpus))
     last = trace.num_layers - 1
     return [
         Layer(
@@ -124,22 +124,22 @@ def _windows(trace: Trace, gpus: int | None) -> list[Window]:
         return [Window(change, None, None, None) for change in changes]
     contiguous, packed = _contiguous(trace, gpus), _packed(first, gpus)
     return [
-        Window(change, *(_imbalance(window, placement) for placement in (contiguous, packed, _packed(window, gpus))))
+        Window(change, *(_imbalance(window, gpu_LE, gpus) for gpu_LE in (contiguous, packed, _packed(window, gpus))))
         for change, window in zip(changes, later, strict=True)
     ]
 
 
-def _contiguous(trace: Trace, gpus: int) -> Placement:
-    return Placement.contiguous(trace.num_layers, trace.num_experts, gpus)
+def _contiguous(trace: Trace, gpus: int) -> Assignment:
+    return Placement.contiguous(trace.num_layers, trace.num_experts, gpus).gpu_LE
 
 
-def _packed(trace: Trace, gpus: int) -> Placement:
+def _packed(trace: Trace, gpus: int) -> Assignment:
     share = trace.num_experts // gpus
-    return Placement(pack(load_LE(trace), gpus, share, share)[0], gpus)
+    return pack(load_LE(trace), gpus, share, share)[0]
 
 
-def _imbalance(trace: Trace, placement: Placement) -> float:
-    return float(imbalance_L(load_LG(load_LE(trace), placement)).mean())
+def _imbalance(trace: Trace, gpu_LE: Assignment, gpus: int) -> float:
+    return float(imbalance_L(load_LG(load_LE(trace), gpu_LE, gpus)).mean())
 
 
 def info_command(args: argparse.Namespace) -> int:

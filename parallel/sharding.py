@@ -96,7 +96,7 @@ class ScatteredTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} of a tensor that is scattered over the ranks; take to_local()")
+        raise TypeError(f"{func}: a tensor that is scattered over the ranks has no operations; take to_local()")
 
     # What torch.distributed.checkpoint asks of tensors that are not whole.
 

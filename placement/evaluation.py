@@ -53,7 +53,7 @@ def score(
     """Score a placement on a trace. Raises PlacementError where they and the topology do not fit each other."""
     simulation = simulate(trace, placement, topology, calibration, seed)
     gpus = topology.num_gpus
-    imbalance_by_L = imbalance_L(load_LG(load_LE(trace), placement))
+    imbalance_by_L = imbalance_L(load_LG(load_LE(trace), placement.gpu_LE, placement.num_gpus))
     hops_GG, rows_GG = gpu_transitions_GG(placement, trace), simulation.rows_GG
     away_GG = ~np.eye(gpus, dtype=bool)
     across_GG = topology.node_G[:, None] != topology.node_G

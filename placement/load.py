@@ -10,6 +10,7 @@ Shapes: L MoE layers, E experts, G GPUs, C slots of a GPU, P pairs of slots, Q c
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pulp
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from moetrain.errors import PlacementError
 from moetrain.placement.placement import Assignment
 from moetrain.placement.program import minimise
+from moetrain.placement.statistics import load_LG
 
 TOLERANCE = 1e-4
 """A layer whose largest load is within this of its bound is left as it is: loads are samples, known no better."""
@@ -26,11 +28,6 @@ _KICKS = 600
 """So many disturbances in a row that win no more than TOLERANCE end the search for exchanges."""
 PROGRAM_VARIABLES = 1024
 """Integer programs with more binary variables than this prove nothing in minutes that the bound does not say."""
-
-
-def gpu_load_LG(load_LE: NDArray[np.floating], gpu_LE: Assignment, num_gpus: int) -> NDArray[np.float64]:
-    """[L, G]: the load of each GPU, in the unit of `load_LE`."""
-    return np.stack([np.bincount(gpu_E, load_E, num_gpus) for gpu_E, load_E in zip(gpu_LE, load_LE, strict=True)])
 
 
 def pack_lpt(load_LE: NDArray[np.floating], num_gpus: int, least: int, most: int) -> Assignment:
@@ -80,7 +77,7 @@ def pack(
     """
     gpu_LE = pack_lpt(load_LE, num_gpus, least, most)
     bound_L = load_bound_L(load_LE, num_gpus, least, most)
-    cost_L = gpu_load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
+    cost_L = load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
     rng = np.random.default_rng(seed)
 
     def open_layers() -> list[int]:
@@ -94,7 +91,7 @@ def pack(
         target = bound_L[layer] * (1 + TOLERANCE)
         until = time.monotonic() + share(len(layers) - done)
         gpu_LE[layer] = _exchange(load_LE[layer], gpu_LE[layer], num_gpus, least, most, target, until, rng)
-    cost_L = gpu_load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
+    cost_L = load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
 
     small = load_LE.shape[1] * num_gpus <= PROGRAM_VARIABLES
     layers = open_layers() if programs and small and deadline is not None else []
@@ -104,7 +101,7 @@ def pack(
             gpu_LE[layer], bound_L[layer] = _pack_program(
                 load_LE[layer], gpu_LE[layer], num_gpus, least, most, bound_L[layer], seconds
             )
-    cost_L = gpu_load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
+    cost_L = load_LG(load_LE, gpu_LE, num_gpus).max(axis=1)
     return gpu_LE, np.minimum(bound_L, cost_L)
 
 
@@ -192,22 +189,50 @@ def _exchange(
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Exchange experts until the largest load is ≤ target, nothing better has come of many kicks, or it is late."""
-    best_E, best = gpu_E, np.bincount(gpu_E, load_E, num_gpus).max()
+    return kicked(
+        gpu_E,
+        lambda gpu_E: _exchange_once(load_E, gpu_E, num_gpus, least, most),
+        lambda gpu_E: float(np.bincount(gpu_E, load_E, num_gpus).max()),
+        enough=target,
+        negligible=TOLERANCE * target,
+        kicks=_KICKS,
+        until=until,
+        rng=rng,
+    )
+
+
+def kicked(
+    gpu_E: NDArray[np.int64],
+    improve: Callable[[NDArray[np.int64]], bool],
+    cost: Callable[[NDArray[np.int64]], float],
+    *,
+    enough: float,
+    negligible: float,
+    kicks: int,
+    until: float,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Iterated local search over one layer: improve until nothing does, then exchange a few of the best at random.
+
+    `improve` makes a step in place, and says whether there was one. It ends at a cost ≤ `enough`, after so many `kicks`
+    in a row that won no more than `negligible`, or at the time `until` (of `time.monotonic()`).
+    """
+    best_E, best = gpu_E, cost(gpu_E)
     gpu_E = gpu_E.copy()
-    kicks = 0
+    in_vain = 0
     while time.monotonic() < until:
-        if _exchange_once(load_E, gpu_E, num_gpus, least, most):
+        if improve(gpu_E):
             continue
-        cost = np.bincount(gpu_E, load_E, num_gpus).max()
-        kicks = 0 if cost < best * (1 - TOLERANCE) else kicks + 1
-        if cost <= best:
-            best_E, best = gpu_E, cost
-        if best <= target or kicks == _KICKS:
+        found = cost(gpu_E)
+        in_vain = 0 if found < best - negligible else in_vain + 1
+        if found <= best:
+            best_E, best = gpu_E, found
+        if best <= enough or in_vain == kicks:
             break
         gpu_E = best_E.copy()
         for _ in range(rng.integers(1, 4)):
             one, other = rng.choice(len(gpu_E), 2, replace=False)
-            gpu_E[one], gpu_E[other] = gpu_E[other], gpu_E[one]
+            gpu_E[[one, other]] = gpu_E[[other, one]]
     return best_E
 
 

@@ -35,9 +35,10 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csgraph
 
-from moetrain.placement.load import PROGRAM_VARIABLES, TOLERANCE, PackingProgram, check_shares, gpu_load_LG, pack_lpt
+from moetrain.placement.load import PROGRAM_VARIABLES, TOLERANCE, PackingProgram, check_shares, kicked, pack_lpt
 from moetrain.placement.placement import Assignment
 from moetrain.placement.program import minimise
+from moetrain.placement.statistics import load_LG
 
 Floats = NDArray[np.float64]
 
@@ -106,8 +107,8 @@ def tune(
 
 def deviation(load_LE: Floats, gpu_LE: Assignment, num_gpus: int) -> float:
     """Stage 1's objective: Σ_l Σ_g |T_gl − T̄_l|."""
-    load_LG = gpu_load_LG(load_LE, gpu_LE, num_gpus)
-    return float(np.abs(load_LG - load_LG.mean(axis=1, keepdims=True)).sum())
+    loads_LG = load_LG(load_LE, gpu_LE, num_gpus)
+    return float(np.abs(loads_LG - loads_LG.mean(axis=1, keepdims=True)).sum())
 
 
 def links(transitions_LEE: Floats, link_cost_GG: Floats, gpu_LE: Assignment) -> float:
@@ -184,47 +185,45 @@ def _even_out(
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Exchange two experts, or move one, while that lowers the deviation; kick, and go on from the best."""
-    best_E, best = cluster_E, _deviation(load_E, cluster_E, num_gpus)
-    cluster_E = cluster_E.copy()
-    kicks = 0
-    while time.monotonic() < until:
-        load_G = np.bincount(cluster_E, load_E, num_gpus)
-        experts_G = np.bincount(cluster_E, minlength=num_gpus)
-        over_G = load_G - load_G.mean()
-        over_E = over_G[cluster_E]
-        less_EE = load_E[:, None] - load_E
-        swap_EE = (
-            np.abs(over_E[:, None] - less_EE) + np.abs(over_E + less_EE) - np.abs(over_E[:, None]) - np.abs(over_E)
-        )
-        swap_EE[cluster_E[:, None] == cluster_E] = 0.0
-        move_EG = (
-            np.abs(over_E[:, None] - load_E[:, None])
-            + np.abs(over_G + load_E[:, None])
-            - np.abs(over_E[:, None])
-            - np.abs(over_G)
-        )
-        allowed_EG = (experts_G[cluster_E] > least)[:, None] & (experts_G < most)
-        allowed_EG[np.arange(len(load_E)), cluster_E] = False
-        move_EG = np.where(allowed_EG, move_EG, 0.0)
-        if min(swap_EE.min(), move_EG.min()) < -1e-9 * load_G.mean():
-            if swap_EE.min() <= move_EG.min():
-                one, other = np.unravel_index(swap_EE.argmin(), swap_EE.shape)
-                cluster_E[[one, other]] = cluster_E[[other, one]]
-            else:
-                one, gpu = np.unravel_index(move_EG.argmin(), move_EG.shape)
-                cluster_E[one] = gpu
-            continue
-        cost = float(np.abs(over_G).sum())
-        kicks = 0 if cost < best - TOLERANCE * load_E.sum() else kicks + 1
-        if cost <= best:
-            best_E, best = cluster_E, cost
-        if best <= enough or kicks == _KICKS:
-            break
-        cluster_E = best_E.copy()
-        for _ in range(rng.integers(1, 4)):
-            one, other = rng.choice(len(cluster_E), 2, replace=False)
-            cluster_E[[one, other]] = cluster_E[[other, one]]
-    return best_E
+    return kicked(
+        cluster_E,
+        lambda cluster_E: _even_out_once(load_E, cluster_E, num_gpus, least, most),
+        lambda cluster_E: _deviation(load_E, cluster_E, num_gpus),
+        enough=enough,
+        negligible=TOLERANCE * float(load_E.sum()),
+        kicks=_KICKS,
+        until=until,
+        rng=rng,
+    )
+
+
+def _even_out_once(load_E: Floats, cluster_E: NDArray[np.int64], num_gpus: int, least: int, most: int) -> bool:
+    """Make the best exchange of two experts or move of one, in place; False if none lowers the deviation."""
+    load_G = np.bincount(cluster_E, load_E, num_gpus)
+    experts_G = np.bincount(cluster_E, minlength=num_gpus)
+    over_G = load_G - load_G.mean()
+    over_E = over_G[cluster_E]
+    less_EE = load_E[:, None] - load_E
+    swap_EE = np.abs(over_E[:, None] - less_EE) + np.abs(over_E + less_EE) - np.abs(over_E[:, None]) - np.abs(over_E)
+    swap_EE[cluster_E[:, None] == cluster_E] = 0.0
+    move_EG = (
+        np.abs(over_E[:, None] - load_E[:, None])
+        + np.abs(over_G + load_E[:, None])
+        - np.abs(over_E[:, None])
+        - np.abs(over_G)
+    )
+    allowed_EG = (experts_G[cluster_E] > least)[:, None] & (experts_G < most)
+    allowed_EG[np.arange(len(load_E)), cluster_E] = False
+    move_EG = np.where(allowed_EG, move_EG, 0.0)
+    if min(swap_EE.min(), move_EG.min()) >= -1e-9 * load_G.mean():
+        return False
+    if swap_EE.min() <= move_EG.min():
+        one, other = np.unravel_index(swap_EE.argmin(), swap_EE.shape)
+        cluster_E[[one, other]] = cluster_E[[other, one]]
+    else:
+        one, gpu = np.unravel_index(move_EG.argmin(), move_EG.shape)
+        cluster_E[one] = gpu
+    return True
 
 
 def _cluster_program(

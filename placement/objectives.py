@@ -9,11 +9,9 @@ assignments of a layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +23,7 @@ from moetrain.errors import PlacementError
 from moetrain.placement import moetuner, statistics
 from moetrain.placement.load import load_bound_L
 from moetrain.placement.placement import Assignment
+from moetrain.placement.sums import parse_sum
 from moetrain.placement.topology import Topology
 from moetrain.placement.trace import Trace
 
@@ -393,18 +392,11 @@ def objective(name: str, trace: Trace, topology: Topology) -> Objective:
     """
     if name == "moetuner":
         return TwoStages(statistics.load_LE(trace), statistics.transitions_LEE(trace), topology.distance_GG)
-    terms = []
-    for part in name.replace(" ", "").split("+"):
-        match = re.fullmatch(r"(?:([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)\*)?([a-z]+)", part)
-        if match is None or match[2] not in NAMES:
-            raise PlacementError(
-                f"objective {name!r}: {part!r} is none of {', '.join(NAMES)}, which may be added up as in "
-                f"load+0.5*traffic, and moetuner, which stands alone"
-            )
-        weight = float(match[1] or 1)
-        if not 0 < weight < inf:
-            raise PlacementError(f"objective {name!r}: the weight in {part!r} must be positive and finite")
-        terms.append((weight, _term(match[2], trace, topology)))
+    try:
+        parts = parse_sum(name, NAMES)
+    except PlacementError as error:
+        raise PlacementError(f"objective {name!r}: {error}; moetuner stands alone") from None
+    terms = [(weight, _term(part, trace, topology)) for weight, part in parts]
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)
 
 

@@ -49,7 +49,7 @@ class Maps:
 
     @staticmethod
     def of(placement: Placement, trace: Trace, topology: Topology, seed: int = 0) -> Maps:
-        load = load_LG(load_LE(trace), placement)
+        load = load_LG(load_LE(trace), placement.gpu_LE, placement.num_gpus)
         mean_L1 = load.mean(axis=1, keepdims=True)
         return Maps(
             np.divide(load, mean_L1, out=np.ones_like(load), where=mean_L1 > 0),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from moetrain.errors import TraceError
-from moetrain.placement.placement import Placement
+from moetrain.placement.placement import Assignment
 from moetrain.placement.trace import Trace
 
 Floats = NDArray[np.float64]
@@ -61,10 +61,9 @@ def coactivation_LEE(trace: Trace) -> Floats:
     return layers / trace.num_tokens
 
 
-def load_LG(load_LE: Floats, placement: Placement) -> Floats:
-    """[L, G]: the loads of the GPUs."""
-    pairs = zip(placement.gpu_LE, load_LE, strict=True)
-    return np.stack([np.bincount(gpu_E, load_E, placement.num_gpus) for gpu_E, load_E in pairs])
+def load_LG(load_LE: NDArray[np.floating], gpu_LE: Assignment, num_gpus: int) -> Floats:
+    """[L, G]: the loads of the GPUs, in the unit of `load_LE`."""
+    return np.stack([np.bincount(gpu_E, load_E, num_gpus) for gpu_E, load_E in zip(gpu_LE, load_LE, strict=True)])
 
 
 def imbalance_L(load_LX: Floats) -> Floats:

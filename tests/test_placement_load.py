@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from moetrain.errors import PlacementError
 from moetrain.placement import program
-from moetrain.placement.load import TOLERANCE, PackingProgram, gpu_load_LG, load_bound_L, pack, pack_lpt
+from moetrain.placement.load import TOLERANCE, PackingProgram, load_bound_L, pack, pack_lpt
 from moetrain.placement.replicas import ReplicatedPlacement, eplb, replicate_and_pack
+from moetrain.placement.statistics import load_LG
 
 
 def feasible(num_experts: int, num_gpus: int, least: int, most: int) -> np.ndarray:
@@ -64,7 +65,7 @@ def test_small_layers_are_packed_as_well_as_exhaustive_search_and_no_bound_is_ab
     assert_shares(lpt_LE, num_gpus, least, most)
     gpu_LE, bound_L = pack(load_E[None], num_gpus, least, most, deadline=time.monotonic() + 10)
     assert_shares(gpu_LE, num_gpus, least, most)
-    cost = gpu_load_LG(load_E[None], gpu_LE, num_gpus).max()
+    cost = load_LG(load_E[None], gpu_LE, num_gpus).max()
     assert optimum - rounding <= cost <= optimum * (1 + TOLERANCE) + rounding
     assert cost * (1 - 2 * TOLERANCE) - rounding <= bound_L[0] <= optimum + rounding
 
@@ -104,7 +105,7 @@ def test_skewed_layers_of_real_size_are_within_half_a_percent_of_their_bound(num
     gpu_LE, bound_L = pack(load_LE, num_gpus, share, share)
     assert time.process_time() - started < 5
     assert_shares(gpu_LE, num_gpus, share, share)
-    np.testing.assert_array_less(gpu_load_LG(load_LE, gpu_LE, num_gpus).max(1), bound_L * 1.005)
+    np.testing.assert_array_less(load_LG(load_LE, gpu_LE, num_gpus).max(1), bound_L * 1.005)
 
 
 @pytest.mark.parametrize(("least", "most"), [(5, 7), (6, 8), (0, 24)])
@@ -113,8 +114,8 @@ def test_gpus_keep_what_they_must_and_may_have(least: int, most: int) -> None:
     load_LE = np.random.default_rng(0).lognormal(0, 0.7, (30, 24))
     gpu_LE, bound_L = pack(load_LE, 4, least, most)
     assert_shares(gpu_LE, 4, least, most)
-    cost_L = gpu_load_LG(load_LE, gpu_LE, 4).max(1)
-    assert (cost_L <= gpu_load_LG(load_LE, pack_lpt(load_LE, 4, least, most), 4).max(1)).all()
+    cost_L = load_LG(load_LE, gpu_LE, 4).max(1)
+    assert (cost_L <= load_LG(load_LE, pack_lpt(load_LE, 4, least, most), 4).max(1)).all()
     np.testing.assert_array_less(cost_L, bound_L * 1.005)
 
 
@@ -140,7 +141,7 @@ def test_the_program_alone_finds_and_proves_what_exhaustive_search_finds() -> No
         optimum = smallest_largest(load_E, num_gpus, least, most)
         outcome = least_of_the_largest(packing, 20)
         assert outcome.bound * packing.mean == pytest.approx(optimum, rel=1e-5)
-        assert gpu_load_LG(load_E[None], packing.assignment()[None], num_gpus).max() == pytest.approx(optimum)
+        assert load_LG(load_E[None], packing.assignment()[None], num_gpus).max() == pytest.approx(optimum)
         assert_shares(packing.assignment()[None], num_gpus, least, most)
 
 

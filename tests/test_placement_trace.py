@@ -229,8 +229,8 @@ def test_statistics_by_their_definitions(top_k: int, missing: float) -> None:
 def test_loads_of_gpus() -> None:
     load = np.array([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0, 0, 0, 0]])
     placement = Placement(np.array([[0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 1, 1]]), 2)
-    np.testing.assert_allclose(load_LG(load, placement), [[0.5, 0.5], [0.75, 0.25], [0, 0]])
-    np.testing.assert_allclose(imbalance_L(load_LG(load, placement)), [1, 1.5, 1])
+    np.testing.assert_allclose(load_LG(load, placement.gpu_LE, 2), [[0.5, 0.5], [0.75, 0.25], [0, 0]])
+    np.testing.assert_allclose(imbalance_L(load_LG(load, placement.gpu_LE, 2)), [1, 1.5, 1])
 
 
 def test_drift_is_told_from_chance() -> None:

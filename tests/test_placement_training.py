@@ -402,11 +402,15 @@ def test_placements_that_do_not_fit(tmp_path: Path) -> None:
     [
         (["placement.rebalance.every=5", "parallel.engine=deepspeed"], "rebalance.every = 5: with parallel.engine = d"),
         (["placement.rebalance.every=5", "placement.rebalance.objective=traffic"], "objective = traffic: is judged by"),
-        (["placement.rebalance.every=5", "placement.rebalance.objective=hops"], "hops: must be load, traffic or a sum"),
+        (
+            ["placement.rebalance.every=5", "placement.rebalance.objective=hops"],
+            "hops: 'hops' is none of load, traffic",
+        ),
         (
             ["placement.rebalance.every=5", "placement.trace.every=5", "placement.rebalance.objective=1.2.3*load"],
-            r"1\.2\.3\*load: must be load, traffic or a sum",
+            r"1\.2\.3\*load: .* is none of load, traffic",
         ),
+        (["placement.rebalance.every=5", "placement.rebalance.objective=0*load"], "must be positive and finite"),
         (["placement.rebalance.min_gain=1"], r"min_gain = 1.0: must be in \[0, 1\)"),
         (["placement.rebalance.every=-1"], "placement.rebalance.every = -1: must not be negative"),
         (["placement.file=x", "model.num_experts=0"], "placement.file = x: a dense model"),
