@@ -58,8 +58,8 @@ def configured_placement(config: Config) -> Placement | None:
         )
     if placement.num_gpus != ep:
         raise PlacementError(
-            f"{key}: is for {placement.num_gpus} GPUs, but parallel.ep = {ep}; they must be equal: `moetrain place "
-            f"--gpus {ep}` makes one"
+            f"{key}: is for {placement.num_gpus} GPUs, but parallel.ep = {ep}; set parallel.ep = "
+            f"{placement.num_gpus}, or make one for as many GPUs as parallel.ep with `moetrain place --gpus`"
         )
     held_LG = placement.experts_LG
     if held_LG.min() != held_LG.max():

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetrain.config import Config, check_world
+from moetrain.errors import UserError
 from moetrain.expert_placement import configured_placement
 from moetrain.flops import ParameterCount, TrainingFlops, flops_per_token, parameters
 from moetrain.parallel.wire import homeward, row_bytes
@@ -83,6 +84,17 @@ def make_plan(config: Config, world_size: int) -> Plan:
         head_ranks=_owners(config.model.n_heads, tp, world_size),
         expert_ranks=_expert_ranks(config, world_size),
     )
+
+
+def check_memory(config: Config, world_size: int, available: int) -> None:
+    """Raise UserError if the weights, gradients and moments of a rank alone are more than `available` bytes."""
+    needed = sum(_state_bytes(config, parameters(config), world_size)[:3])
+    if needed > available:
+        raise UserError(
+            f"a rank's weights, gradients and Adam moments take {_bytes(needed)}, and its device has "
+            f"{_bytes(available)}: use more ranks with parallel.ep, parallel.tp or parallel.fsdp, or a smaller model; "
+            f"`moetrain plan` tells what a rank needs"
+        )
 
 
 def _expert_ranks(config: Config, world_size: int) -> tuple[tuple[Sequence[int], range], ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +55,7 @@ from moetrain.parallel import (
 )
 from moetrain.parallel.engines import ReplicatedEngine
 from moetrain.placement.trace import save_trace
+from moetrain.plan import check_memory
 from moetrain.plot import plot_losses
 from moetrain.ranks import joined_mesh
 from moetrain.rebalance import Rebalancer, rank_load
@@ -115,6 +117,7 @@ class Trainer:
     """One rank of a run."""
 
     def __init__(self, config: Config, mesh: Mesh):
+        on_rank_0(lambda: check_memory(config, mesh.world_size, _total_memory(mesh.device)), mesh.host_group)
         autotune.configure(config.kernels.autotune)
         self.config = config
         self.mesh = mesh
@@ -549,6 +552,13 @@ def _auxiliary_loss(layers: list[RouterStats], config: Config) -> Tensor | float
         (config.router.balance_weight * stats.balance_loss + config.router.z_weight * stats.z_loss for stats in layers),
         start=0.0,
     )
+
+
+def _total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def _rounding_warning(config: Config, dp: int, tile: int) -> str | None:
