@@ -20,7 +20,8 @@ from moetrain.placement.evaluation import Candidate, baselines, compare
 from moetrain.placement.objectives import objective
 from moetrain.placement.problem import Problem
 from moetrain.placement.solve import SOLVERS, solve
-from moetrain.placement.topology import Topology, load_topology
+from moetrain.placement.topology import Topology
+from moetrain.placement.topology_file import load_topology
 from moetrain.placement.trace import Trace, load_trace
 
 HOLDOUT = 0.2

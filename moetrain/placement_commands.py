@@ -27,7 +27,8 @@ from moetrain.placement.problem import Progress as OnProgress
 from moetrain.placement.report import FORMATS, Maps, write_report
 from moetrain.placement.simulator import Calibration, load_calibration, sources
 from moetrain.placement.solve import SOLVERS, solve
-from moetrain.placement.topology import Topology, load_topology
+from moetrain.placement.topology import Topology
+from moetrain.placement.topology_file import load_topology
 from moetrain.placement.trace import Trace, load_trace
 
 

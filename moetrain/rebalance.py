@@ -29,7 +29,8 @@ from moetrain.parallel.migration import ExpertTensor, migrate, migration_bytes, 
 from moetrain.placement.background import Found, Request, Search, recorded_objective
 from moetrain.placement.objectives import LoadTerm, Objective
 from moetrain.placement.placement import Placement
-from moetrain.placement.topology import Topology, load_topology
+from moetrain.placement.topology import Topology
+from moetrain.placement.topology_file import load_topology
 
 DELAY = 10
 """Steps from the beginning of a search to its answer (at most: until the next search)."""

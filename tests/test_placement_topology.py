@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from moetrain.errors import PlacementError, UserError
-from moetrain.placement.topology import Link, Topology, detect_topology, load_topology, parse_nvidia_smi
+from moetrain.placement.nvidia_smi import detect_topology, parse_nvidia_smi
+from moetrain.placement.topology import Link, Topology
+from moetrain.placement.topology_file import load_topology
 
 EQUAL_NODES = """
 nodes: 2
