@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ import yaml
 from moetrain.errors import PlacementError
 from moetrain.placement.topology import NVLINK, Link, Topology, join
 
-_NODES_KEYS = ("nodes", "gpus_per_node", "nvlink", "network", "internode_weight")
-_GRAPH_KEYS = ("links", "islands", "nodes", "internode_weight")
 _LINK_KEYS = ("bandwidth", "latency")
 
 
@@ -54,10 +53,9 @@ def load_topology(path: Path) -> Topology:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise PlacementError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     try:
-        section = _Section(values, "", None)
-        return (
-            _from_graph(section) if "links" in section.values or "islands" in section.values else _from_nodes(section)
-        )
+        section = _Section(values, "")
+        any_graph = "links" in section.values or "islands" in section.values
+        return _from_graph(section) if any_graph else _from_nodes(section)
     except PlacementError as error:
         raise PlacementError(f"{path}: {error}") from None
 
@@ -68,19 +66,16 @@ class _Section:
 
     values: Any
     path: str
-    keys: tuple[str, ...] | None
-    """Those that it may have; None: the caller checks."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping):
             raise PlacementError(f"{self.path or 'the file'}: expected keys and values, found {_kind(self.values)}")
-        if self.keys is not None:
-            self.only(self.keys)
 
-    def only(self, keys: tuple[str, ...]) -> None:
+    def only(self, *keys: str) -> _Section:
         for key in self.values:
             if key not in keys:
                 raise PlacementError(f"{self.at(key)}: unknown key (there are: {', '.join(keys)})")
+        return self
 
     def at(self, key: object) -> str:
         return f"{self.path}.{key}" if self.path else str(key)
@@ -99,11 +94,11 @@ class _Section:
     def link(self) -> Link:
         return Link(self._quantity("bandwidth", _BANDWIDTH), self._quantity("latency", _LATENCY))
 
-    def sections(self, key: str, keys: tuple[str, ...]) -> list[_Section]:
+    def sections(self, key: str, *keys: str) -> list[_Section]:
         values = self.values.get(key) or []
         if not isinstance(values, list):
             raise PlacementError(f"{self.at(key)}: expected a list, found {_kind(values)}")
-        return [_Section(value, f"{self.at(key)}[{index}]", keys) for index, value in enumerate(values)]
+        return [_Section(value, f"{self.at(key)}[{index}]").only(*keys) for index, value in enumerate(values)]
 
     def gpus(self, key: str) -> list[int]:
         return _gpus(self.get(key), self.at(key))
@@ -112,26 +107,21 @@ class _Section:
         value = self.values.get("internode_weight")
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
             raise PlacementError(f"{self.at('internode_weight')} = {value!r}: must be a positive number")
         return float(value)
 
     def _quantity(self, key: str, kind: _Quantity) -> float:
         value = self.get(key)
-        match = (
-            re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9.]+)\s*", value)
-            if isinstance(value, str)
-            else None
-        )
-        try:
-            assert match is not None
-            number = float(match[1]) * kind.units[match[2].replace("µ", "u").replace("μ", "u")]
-        except (AssertionError, ValueError, KeyError):
+        match = _NUMBER_WITH_UNIT.fullmatch(str(value))
+        unit = None if match is None else kind.units.get(re.sub("[µμ]", "u", match[2]))
+        if match is None or unit is None:
             raise PlacementError(
                 f"{self.at(key)} = {value!r}: must be a number with a unit of {', '.join(kind.units)}, as in "
                 f"{kind.example}"
-            ) from None
-        if not kind.least <= number < float("inf") or (number == 0 and kind.positive):
+            )
+        number = float(match[1]) * unit
+        if number == inf or (number == 0 and kind.positive):
             raise PlacementError(
                 f"{self.at(key)} = {value!r}: must be {'positive and ' if kind.positive else ''}finite"
             )
@@ -143,9 +133,9 @@ class _Quantity:
     units: Mapping[str, float]
     example: str
     positive: bool
-    least: float = 0.0
 
 
+_NUMBER_WITH_UNIT = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(\S+)\s*")
 _BANDWIDTH = _Quantity(
     {
         f"{prefix}{unit}": factor * scale
@@ -159,7 +149,7 @@ _LATENCY = _Quantity({"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}, "2 us", pos
 
 
 def _from_nodes(section: _Section) -> Topology:
-    section.only(_NODES_KEYS)
+    section.only("nodes", "gpus_per_node", "nvlink", "network", "internode_weight")
     nodes, gpus = section.positive("nodes"), section.positive("gpus_per_node")
     nvlink = None if gpus == 1 and "nvlink" not in section.values else _link(section, "nvlink")
     network = None if nodes == 1 and "network" not in section.values else _link(section, "network")
@@ -167,14 +157,14 @@ def _from_nodes(section: _Section) -> Topology:
 
 
 def _link(section: _Section, key: str) -> Link:
-    return _Section(section.get(key), section.at(key), _LINK_KEYS).link()
+    return _Section(section.get(key), section.at(key)).only(*_LINK_KEYS).link()
 
 
 def _from_graph(section: _Section) -> Topology:
-    section.only(_GRAPH_KEYS)
+    section.only("links", "islands", "nodes", "internode_weight")
     graph = nx.Graph()
     node_of: dict[int, int] = {}
-    for number, island in enumerate(section.sections("islands", ("name", "gpus", *_LINK_KEYS))):
+    for number, island in enumerate(section.sections("islands", "name", "gpus", *_LINK_KEYS)):
         name = str(island.values.get("name") or f"island {number}")
         if name in graph:
             raise PlacementError(f"{island.at('name')} = {name!r}: is there twice; choose another")
@@ -184,7 +174,7 @@ def _from_graph(section: _Section) -> Topology:
                 raise PlacementError(f"{island.at('gpus')}: GPU {gpu} is in two islands; take it out of one")
             node_of[gpu] = number
             join(graph, gpu, name, link, hops=2)
-    for entry in section.sections("links", ("between", *_LINK_KEYS)):
+    for entry in section.sections("links", "between", *_LINK_KEYS):
         ends = entry.get("between")
         if not isinstance(ends, list) or len(ends) != 2 or ends[0] == ends[1] or not all(map(_is_vertex, ends)):
             raise PlacementError(f"{entry.at('between')} = {ends!r}: must be two GPUs (numbers) or switches (names)")

@@ -129,6 +129,7 @@ BAD = {
     EQUAL_NODES.replace("450 GB/s", "450"): "nvlink.bandwidth = 450: must be a number with a unit of B/s, kB/s,",
     EQUAL_NODES.replace("450 GB/s", "450 GB"): "nvlink.bandwidth = '450 GB': must be a number with a unit of B/s",
     EQUAL_NODES.replace("450 GB/s", "4.5.0 GB/s"): "nvlink.bandwidth = '4.5.0 GB/s': must be a number with a unit",
+    EQUAL_NODES.replace("450 GB/s", "9e999 GB/s"): "nvlink.bandwidth = '9e999 GB/s': must be positive and finite",
     EQUAL_NODES.replace("450 GB/s", "0 GB/s"): "nvlink.bandwidth = '0 GB/s': must be positive and finite",
     EQUAL_NODES.replace("8 us", "8 GB/s"): "network.latency = '8 GB/s': must be a number with a unit of s, ms, us, ns",
     EQUAL_NODES.replace("8 us", "-8 us"): "network.latency = '-8 us': must be a number",
