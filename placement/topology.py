@@ -117,11 +117,8 @@ class Topology:
 
     def path(self, source: int, target: int) -> list[Vertex]:
         """The vertices from a GPU to another, both included."""
-        before_V = self._before[self._way_GG[source, target], source]
-        numbers = [target]
-        while numbers[-1] != source:
-            numbers.append(int(before_V[numbers[-1]]))
-        return [self._vertices[number] for number in reversed(numbers)]
+        links = [self.links[link] for link in self.path_links_HGG[::-1, source, target] if link < len(self.links)]
+        return [source, *(to for _, to in links)]
 
     @cached_property
     def path_links_HGG(self) -> NDArray[np.intp]:
@@ -159,12 +156,9 @@ class Topology:
         """
         number = {vertex: index for index, vertex in enumerate(self._vertices)}
         gpus, vertices = self.num_gpus, len(number)
-        edges = [(number[a], number[b], edge["bandwidth"], edge["latency"]) for a, b, edge in self.graph.edges.data()]
-        from_X, to_X, bandwidth_X, latency_X = (
-            (np.array(column) for column in zip(*edges, *((b, a, *rest) for a, b, *rest in edges), strict=True))
-            if edges
-            else (np.zeros(0, np.intp), np.zeros(0, np.intp), np.zeros(0), np.zeros(0))
-        )
+        from_X, to_X = (np.array([number[link[end]] for link in self.links], np.intp) for end in (0, 1))
+        bandwidth_X = self.link_bandwidth_X
+        latency_X = np.array([self.graph.edges[link]["latency"] for link in self.links])
         # A GPU only begins paths or ends them: where they begin, it is another vertex, behind all others.
         start_X = np.where(from_X < gpus, from_X + vertices, from_X)
         bandwidth_GG = np.diag(np.full(gpus, np.inf))
