@@ -20,8 +20,7 @@ from moetrain.placement.evaluation import Candidate, baselines, compare
 from moetrain.placement.objectives import objective
 from moetrain.placement.problem import Problem
 from moetrain.placement.solve import SOLVERS, solve
-from moetrain.placement.topology import Topology
-from moetrain.placement.topology_file import load_topology
+from moetrain.placement.topology_file import topology_of
 from moetrain.placement.trace import Trace, load_trace
 
 HOLDOUT = 0.2
@@ -48,9 +47,7 @@ class Options:
 
 def placement_command(options: Options) -> int:
     """Run the benchmark; returns 0. Raises TraceError, PlacementError and ConfigError."""
-    topology = Topology.uniform(options.gpus) if options.topology is None else load_topology(Path(options.topology))
-    if topology.num_gpus != options.gpus:
-        raise ConfigError(f"--gpus {options.gpus}: {options.topology} has {topology.num_gpus}")
+    topology = topology_of(options.topology, options.gpus)
     solvers = [name for name in SOLVERS if name not in BASELINES] if options.solvers is None else options.solvers
     deadline = Deadline(options.budget_seconds)
     report = Report("placement", torch.device("cpu"), options.json)

@@ -270,8 +270,8 @@ class RebalanceConfig:
     min_gain: float = 0.05
     """Move only if the objective falls by this fraction."""
     topology: str | None = None
-    """File with the links between the parallel.ep GPUs, as for `moetrain place --topology`; default: one node with
-    NVLink. It weighs traffic and predicts how long a move takes."""
+    """File with the links between the parallel.ep GPUs, or `detect`, as for `moetrain place --topology`; default: one
+    node with NVLink. It weighs traffic and predicts how long a move takes."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from moetrain.placement.report import FORMATS, Maps, write_report
 from moetrain.placement.simulator import Calibration, load_calibration, sources
 from moetrain.placement.solve import SOLVERS, solve
 from moetrain.placement.topology import Topology
-from moetrain.placement.topology_file import load_topology
+from moetrain.placement.topology_file import topology_of
 from moetrain.placement.trace import Trace, load_trace
 
 
@@ -40,7 +40,9 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, metavar="E", help="of a layer (default: as the trace says)")
     parser.add_argument("--gpus", required=True, type=int, metavar="G", help="to place the experts on")
     parser.add_argument(
-        "--topology", type=Path, metavar="F", help="YAML of nodes and links (default: any two GPUs equally far)"
+        "--topology",
+        metavar="F",
+        help="YAML of nodes and links, or `detect` for this machine's (default: any two GPUs equally far)",
     )
     parser.add_argument(
         "--objective",
@@ -76,9 +78,7 @@ def place_command(args: argparse.Namespace) -> int:
     can, and ConfigError for options that mean nothing."""
     _check_options(args)
     trace = load_trace(args.trace, args.experts)
-    topology = Topology.uniform(args.gpus) if args.topology is None else load_topology(args.topology)
-    if topology.num_gpus != args.gpus:
-        raise PlacementError(f"{args.topology}: has {topology.num_gpus} GPUs, and --gpus is {args.gpus}")
+    topology = topology_of(args.topology, args.gpus)
     calibration = Calibration() if args.calibration is None else load_calibration(args.calibration)
     fitted, judged = (trace, trace) if args.holdout is None else trace.split(args.holdout, args.seed)
     problem = _problem(args, fitted, topology)
@@ -196,7 +196,7 @@ def _record(
         "least": problem.least,
         "most": problem.most,
         "trace": str(args.trace),
-        "topology": None if args.topology is None else str(args.topology),
+        "topology": args.topology,
         "tokens": trace.num_tokens,
         "solved_for_tokens": fitted.num_tokens,
         "seed": args.seed,
@@ -217,7 +217,7 @@ def _facts(args: argparse.Namespace, record: dict[str, Any], score: Score) -> di
         "objective": f"{args.objective} {_costs(record['cost'], record['bound'])}, on all {record['tokens']:,} tokens",
         "solver": f"{record['solver']} (asked for: {args.solver}), {record['seconds']:.1f} s",
         "trace": f"{args.trace}, of which {record['solved_for_tokens']:,} tokens to solve for",
-        "topology": str(args.topology or "any two GPUs equally far"),
+        "topology": args.topology or "any two GPUs equally far",
         "experts of a layer on a GPU": f"{share}{record['most']}",
         "simulated step": f"{1e3 * score.step_seconds:,.1f} ms: " + ", ".join(times),
     }

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 from scipy.sparse import csgraph
 
-from moetrain.errors import UserError
+from moetrain.errors import PlacementError
 from moetrain.placement.topology import NVLINK, Link, Topology, Vertex, join
 
 _NVLINK_BANDWIDTH = 25e9
@@ -32,17 +32,19 @@ _PCIE = {
 def detect_topology() -> Topology:
     """This machine's GPUs, as `nvidia-smi topo -m` shows them (see :func:`parse_nvidia_smi`).
 
-    Raises UserError where there is no nvidia-smi, or it fails.
+    Raises PlacementError where there is no nvidia-smi, or it fails.
     """
     try:
         done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
-        raise UserError("no nvidia-smi on this machine, so no GPUs to detect; describe them with --topology") from None
+        raise PlacementError(
+            "no nvidia-smi on this machine, so no GPUs to detect; describe them in a topology file"
+        ) from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"nvidia-smi topo -m: {error}; describe the machine with --topology") from None
+        raise PlacementError(f"nvidia-smi topo -m: {error}; describe the machine in a topology file") from None
     if done.returncode != 0:
         reason = next(iter((done.stderr.strip() or done.stdout.strip()).splitlines()), f"exit code {done.returncode}")
-        raise UserError(f"nvidia-smi topo -m: {reason}; describe the machine with --topology")
+        raise PlacementError(f"nvidia-smi topo -m: {reason}; describe the machine in a topology file")
     return parse_nvidia_smi(done.stdout)
 
 
@@ -52,7 +54,7 @@ def parse_nvidia_smi(text: str) -> Topology:
     NV# is so many NVLinks of 25 GB/s (of the second to fourth generation: the output does not say which; NVLink 5 has
     50). They lead to a switch where a GPU's neighbours have more of them together than a GPU has, else from GPU to
     GPU. The other ways are PCIe: a tree of bridges (PIX, PXB), host bridges (PHB), NUMA nodes (NODE) and sockets (SYS),
-    at PCIe 4.0's usual speeds. Raises UserError on other text.
+    at PCIe 4.0's usual speeds. Raises PlacementError on other text.
     """
     relations = _relations(text)
     gpus = len(relations)
@@ -98,11 +100,11 @@ def _relations(text: str) -> list[list[str]]:
     for gpu, row in enumerate(relations):
         named = [relation for relation in row if relation in _PCIE or _nvlinks(relation) or relation == "X"]
         if rows[gpu][0] != f"GPU{gpu}" or len(named) != len(rows) or row[gpu] != "X":
-            raise UserError(
-                f"nvidia-smi topo -m: cannot read its line {rows[gpu]}; describe the machine with --topology"
+            raise PlacementError(
+                f"nvidia-smi topo -m: cannot read its line {rows[gpu]}; describe the machine in a topology file"
             )
     if not relations:
-        raise UserError("nvidia-smi topo -m: shows no GPUs; describe the machine with --topology")
+        raise PlacementError("nvidia-smi topo -m: shows no GPUs; describe the machine in a topology file")
     return relations
 
 

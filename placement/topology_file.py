@@ -1,4 +1,4 @@
-"""Topologies as YAML files."""
+"""Topologies as users give them: as a YAML file, or as the machine at hand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,27 @@ import networkx as nx
 import yaml
 
 from moetrain.errors import PlacementError
+from moetrain.placement.nvidia_smi import detect_topology
 from moetrain.placement.topology import NVLINK, Link, Topology, join
 
 _LINK_KEYS = ("bandwidth", "latency")
+
+
+def topology_of(source: str | None, num_gpus: int) -> Topology:
+    """A topology of so many GPUs: of a file, of this machine if `source` is "detect", uniform if it is None.
+
+    Raises PlacementError where it has another number of GPUs, and as :func:`load_topology` and
+    :func:`moetrain.placement.nvidia_smi.detect_topology` do.
+    """
+    if source is None:
+        return Topology.uniform(num_gpus)
+    topology = detect_topology() if source == "detect" else load_topology(Path(source))
+    if topology.num_gpus != num_gpus:
+        raise PlacementError(
+            f"{source}: has {topology.num_gpus} GPUs, not {num_gpus}; give the topology of those that share a layer's "
+            "experts"
+        )
+    return topology
 
 
 def load_topology(path: Path) -> Topology:

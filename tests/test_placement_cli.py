@@ -203,7 +203,8 @@ def test_an_interrupt_reaches_a_program_that_runs():
         (["--most", "3"], 1, "at most 3 experts on each of 2 GPUs holds 6, but a layer has 8"),
         (["--least", "4", "--most", "2"], 1, "least may not exceed most"),
         (["--topology", "apart.yaml"], 1, "apart.yaml: not connected"),
-        (["--topology", "four.yaml"], 1, "four.yaml: has 4 GPUs, and --gpus is 2"),
+        (["--topology", "four.yaml"], 1, "four.yaml: has 4 GPUs, not 2"),
+        (["--topology", "detect"], 1, "no nvidia-smi on this machine"),
         (["--topology", "nowhere.yaml"], 1, "nowhere.yaml: No such file"),
         (["--objective", "speed"], 1, "objective 'speed'"),
         (["--solver", "magic"], 2, "argument --solver: invalid choice: 'magic'"),
@@ -226,7 +227,8 @@ def test_an_interrupt_reaches_a_program_that_runs():
         (["--objective", "load+hops", "--trace", "one.npy"], 1, "the trace has one layer"),
     ],
 )
-def test_bad_input_is_one_line(options, code, message, place, trace, tmp_path, capsys):
+def test_bad_input_is_one_line(options, code, message, place, trace, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
     np.save(tmp_path / "ids.npy", trace.expert_ids_SLK)
     np.save(tmp_path / "one.npy", trace.expert_ids_SLK[:, :1])
     np.save(tmp_path / "few.npy", trace.expert_ids_SLK[:3])

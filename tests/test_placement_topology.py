@@ -9,10 +9,10 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from moetrain.errors import PlacementError, UserError
+from moetrain.errors import PlacementError
 from moetrain.placement.nvidia_smi import detect_topology, parse_nvidia_smi
 from moetrain.placement.topology import Link, Topology
-from moetrain.placement.topology_file import load_topology
+from moetrain.placement.topology_file import load_topology, topology_of
 
 EQUAL_NODES = """
 nodes: 2
@@ -261,9 +261,9 @@ def test_one_gpu() -> None:
 
 
 def test_text_that_is_no_table() -> None:
-    with pytest.raises(UserError, match="shows no GPUs; describe the machine with --topology"):
+    with pytest.raises(PlacementError, match="shows no GPUs; describe the machine in a topology file"):
         parse_nvidia_smi("No devices were found")
-    with pytest.raises(UserError, match=r"cannot read its line .*GPU1"):
+    with pytest.raises(PlacementError, match=r"cannot read its line .*GPU1"):
         parse_nvidia_smi(TWO_H200.replace("GPU1\tNV18\t X ", "GPU1\tNV18\tFOO"))
 
 
@@ -271,10 +271,13 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     results = {"stdout": TWO_H200, "stderr": "", "returncode": 0}
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, **results))
     assert detect_topology().num_gpus == 2
+    assert topology_of("detect", 2).bandwidth_GG[0, 1] == 450e9
+    with pytest.raises(PlacementError, match="detect: has 2 GPUs, not 8"):
+        topology_of("detect", 8)
     results |= {"returncode": 9, "stdout": "NVIDIA-SMI has failed because it couldn't communicate with the driver."}
-    with pytest.raises(UserError, match=r"NVIDIA-SMI has failed .*; describe the machine with --topology"):
+    with pytest.raises(PlacementError, match=r"NVIDIA-SMI has failed .*; describe the machine in a topology file"):
         detect_topology()
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="no nvidia-smi on this machine"):
+    with pytest.raises(PlacementError, match="no nvidia-smi on this machine"):
         detect_topology()
