@@ -70,11 +70,9 @@ def test_everything_even():
     np.testing.assert_allclose(simulation.dispatch_LG, plain + with_pairs + 5e-5)
     np.testing.assert_allclose(simulation.combine_LG, 2 * plain + 3e-5)
     np.testing.assert_allclose(simulation.compute_LG, (4 * 600 + 8) * 3e-6 + 1e-5)
-    np.testing.assert_allclose(simulation.compute_imbalance_L, 1)
     layer = 1e-3 + 3 * plain + with_pairs + 8e-5 + 2408 * 3e-6 + 1e-5
     np.testing.assert_allclose(simulation.layer_seconds_L, layer)
     assert simulation.step_seconds == pytest.approx(2 * layer)
-    np.testing.assert_allclose(simulation.busy_G, 2 * layer)
     np.testing.assert_allclose(simulation.rows_GG, np.ones((4, 4)))
 
 
@@ -91,7 +89,6 @@ def test_all_experts_on_one_gpu():
     assert simulation.step_seconds == pytest.approx(
         1e-3 + 3 * plain + with_pairs + 8e-5 + simulation.compute_LG.max(), rel=1e-12
     )
-    assert simulation.compute_imbalance_L[0] == pytest.approx(4, rel=0.01)
 
 
 def test_one_gpu_sends_nothing():
