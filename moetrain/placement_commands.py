@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def place_command(args: argparse.Namespace) -> int:
     save_placement(args.out, solution.placement, **record)
 
     candidates = [*baselines(problem, fitted, args.seed), Candidate("solved", solution.placement, solution.seconds)]
-    term = objective(args.objective, judged, topology)
+    term = problem.objective if judged is fitted else objective(args.objective, judged, topology)
     compared = compare(candidates, term, judged, topology, calibration, args.seed)
     head, rows = table_of(compared, several_nodes=topology.num_nodes > 1)
     which = "all" if args.holdout is None else "held out"
@@ -181,16 +181,15 @@ def _record(
     solution: Solution,
 ) -> dict[str, Any]:
     """What placement.json says besides the assignment: `cost` and `bound` are on the whole trace."""
-    cost, bound = solution.cost, solution.bound
     if fitted is not trace:
         whole = objective(args.objective, trace, topology)
         cost = whole.cost(solution.placement.gpu_LE)
-        bound = whole.lower_bound(args.gpus, problem.least, problem.most)
+        solution = replace(solution, cost=cost, bound=whole.lower_bound(args.gpus, problem.least, problem.most))
     return {
         "objective": args.objective,
-        "cost": cost,
-        "bound": bound,
-        "gap": max(cost - bound, 0.0) / cost if cost else 0.0,
+        "cost": solution.cost,
+        "bound": solution.bound,
+        "gap": solution.gap,
         "solver": solution.solver,
         "seconds": solution.seconds,
         "least": problem.least,
