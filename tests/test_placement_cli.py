@@ -269,20 +269,26 @@ def test_help_needs_no_solver():
 
 def test_bench(place, tmp_path, capsys):
     options = ["--synthetic", "zipf", "--shape", "800,2,8,2", "--gpus", "2", "--objectives", "load"]
-    assert main(["bench", "placement", *options, "--traces", "trace.npz", "--solvers", "auto", "--json", "b.json"]) == 0
+    assert (
+        main(
+            ["bench", "placement", *options, "--traces", "trace.npz", "--solvers", "random", "auto", "--json", "b.json"]
+        )
+        == 0
+    )
     contents = json.loads((tmp_path / "b.json").read_text())
     rows = contents["rows"]
-    names = ["contiguous", "random", "greedy", "auto"]
+    names = ["contiguous", "random", "greedy", "random", "auto"]
     assert [(row["trace"], row["solver"]) for row in rows] == [
         *(("trace.npz", name) for name in names),
         *(("zipf, seed 0", name) for name in names),
     ]
-    for solved, contiguous in ((rows[3], rows[0]), (rows[7], rows[4])):
+    assert [row["gap"] is None for row in rows] == [True, True, True, False, False] * 2  # also where names are alike
+    for solved, contiguous in ((rows[4], rows[0]), (rows[9], rows[5])):
         assert solved["fitted_cost"] <= contiguous["fitted_cost"]
         assert 0 <= solved["gap"] < 1
     # Held out are 160 of 800 tokens with 2 of 8 experts: a GPU has a whole expert's tokens more or less.
-    assert rows[7]["held_out_cost"] == pytest.approx(rows[7]["fitted_cost"], rel=0.2)
-    assert rows[7]["held_out_cost"] != rows[7]["fitted_cost"]
+    assert rows[9]["held_out_cost"] == pytest.approx(rows[9]["fitted_cost"], rel=0.2)
+    assert rows[9]["held_out_cost"] != rows[9]["fitted_cost"]
     assert (
         "zipf, seed 0: 800 tokens, 2 layers, 8 experts, 2 a token, 2 GPUs; solved for load" in capsys.readouterr().out
     )
