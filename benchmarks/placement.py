@@ -119,13 +119,15 @@ def _solved(problem: Problem, options: Options, deadline: Deadline) -> Iterator[
         yield Candidate(solver, solution.placement, solution.seconds), solution.gap
 
 
-def _traces(options: Options) -> Iterator[tuple[str, Trace]]:
+def _traces(options: Options) -> list[tuple[str, Trace]]:
+    """All at once, so that what is wrong with the last is known before the first is solved."""
     if not options.traces and not options.synthetic:
         raise ConfigError("--traces, --synthetic: give at least one")
-    for path in options.traces:
-        yield path, load_trace(Path(path))
-    for family in options.synthetic:
-        yield f"{family}, seed {options.seed}", synthetic(family, options.shape, options.seed)
+    seed = options.seed
+    return [
+        *((path, load_trace(Path(path))) for path in options.traces),
+        *((f"{family}, seed {seed}", synthetic(family, options.shape, seed)) for family in options.synthetic),
+    ]
 
 
 def synthetic(family: str, shape: str, seed: int) -> Trace:

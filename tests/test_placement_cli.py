@@ -298,14 +298,16 @@ def test_bench(place, tmp_path, capsys):
     ("options", "message"),
     [
         ([], "--traces, --synthetic: give at least one"),
-        (["--synthetic", "flat"], "--synthetic flat: is none of zipf, lognormal, topics"),
+        (["--traces", "trace.npz", "--synthetic", "flat"], "--synthetic flat: is none of zipf, lognormal, topics"),
         (["--synthetic", "zipf", "--shape", "8,2,4,5"], "--shape 8,2,4,5: expected S,L,E,K"),
         (["--synthetic", "zipf", "--shape", "8,2"], "--shape 8,2: expected S,L,E,K"),
     ],
 )
-def test_benches_of_nothing(options, message, capsys):
+def test_benches_of_nothing(options, message, place, capsys):
     assert main(["bench", "placement", *options]) == 2
-    assert message in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "solved for" not in captured.out
 
 
 @pytest.mark.parametrize("family", ["zipf", "lognormal", "topics"])
