@@ -56,8 +56,12 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, default=60.0, metavar="SECONDS", help="of the search (default: %(default)g)"
     )
-    parser.add_argument("--least", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G)")
-    parser.add_argument("--most", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G)")
+    parser.add_argument(
+        "--least", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G, or with --most 0)"
+    )
+    parser.add_argument(
+        "--most", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G, or with --least E)"
+    )
     parser.add_argument(
         "--holdout",
         type=float,
