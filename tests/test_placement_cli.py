@@ -163,9 +163,9 @@ def test_an_interrupt_reaches_a_program_that_runs():
     """40 weights into 8 equal bins, as even as may be: minutes of branching."""
     weights = np.random.default_rng(0).random(40).tolist()
     program = pulp.LpProblem("bins", pulp.LpMinimize)
-    most = pulp.LpVariable("most", 0)
+    most = program.add_variable("most", 0)
     program += most
-    put = [[pulp.LpVariable(f"x_{item}_{place}", cat="Binary") for place in range(8)] for item in range(40)]
+    put = [[program.add_variable(f"x_{item}_{place}", cat="Binary") for place in range(8)] for item in range(40)]
     for of_item in put:
         program += pulp.lpSum(of_item) == 1
     for of_place in zip(*put, strict=True):
