@@ -5,7 +5,7 @@ Shapes: G GPUs, V vertices of the graph (GPUs and switches), X directions of its
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,7 +69,7 @@ class Topology:
     @staticmethod
     def uniform(num_gpus: int) -> Topology:
         """GPUs of one node on one switch, with an H100's NVLinks: every two of them are as far apart."""
-        return Topology(_islands_graph([range(num_gpus)], NVLINK, None))
+        return Topology.of_nodes(1, num_gpus, NVLINK, None)
 
     @staticmethod
     def of_nodes(
@@ -79,8 +79,14 @@ class Topology:
 
         `nvlink` and `network` are the way from GPU to GPU; each of its two hops has half of the latency.
         """
-        gpus = np.arange(nodes * gpus_per_node).reshape(nodes, gpus_per_node).tolist()
-        return Topology(_islands_graph(gpus, nvlink, network), internode_weight)
+        graph = nx.Graph()
+        for gpu in range(nodes * gpus_per_node):
+            node = gpu // gpus_per_node
+            graph.add_node(gpu, node=node)
+            join(graph, gpu, f"nvlink {node}", nvlink, hops=2)
+            if network is not None:
+                join(graph, gpu, "network", network, hops=2)
+        return Topology(graph, internode_weight)
 
     @property
     def num_nodes(self) -> int:
@@ -179,18 +185,6 @@ class Topology:
             if bandwidth_GG.all():
                 break
         return bandwidth_GG, latency_GG, way_GG, np.array(before)
-
-
-def _islands_graph(islands: Iterable[Iterable[int]], nvlink: Link, network: Link | None) -> nx.Graph:
-    """Each island's GPUs, one node, on its switch, and all GPUs on the network."""
-    graph = nx.Graph()
-    for node, gpus in enumerate(islands):
-        for gpu in gpus:
-            graph.add_node(gpu, node=node)
-            join(graph, gpu, f"nvlink {node}", nvlink, hops=2)
-            if network is not None:
-                join(graph, gpu, "network", network, hops=2)
-    return graph
 
 
 def join(graph: nx.Graph, a: Vertex, b: Vertex, link: Link, hops: int = 1) -> None:
