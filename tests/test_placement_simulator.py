@@ -12,6 +12,7 @@ from moetrain.errors import PlacementError, TraceError
 from moetrain.placement.evaluation import score
 from moetrain.placement.objectives import objective
 from moetrain.placement.placement import Placement
+from moetrain.placement.report import Maps
 from moetrain.placement.simulator import Calibration, load_calibration, simulate, sources
 from moetrain.placement.topology import Link, Topology
 from moetrain.placement.trace import Trace
@@ -301,3 +302,17 @@ def test_scores_are_the_objectives_of_the_same_name():
     node = Placement(placement.gpu_LE // 4, 2)
     assert found.node_hops == pytest.approx(objective("hops", trace, Topology.uniform(2)).cost(node.gpu_LE))
     assert 0 < found.node_hops < found.hops
+
+
+def test_maps_show_what_scores_count():
+    trace, placement, topology = random_trace(), random_placement(), two_nodes(4, 2e8)
+    found, maps = score(placement, trace, topology), Maps.of(placement, trace, topology)
+    away_GG = ~np.eye(8, dtype=bool)
+    assert maps.load_LG.max() == pytest.approx(found.worst_load)
+    np.testing.assert_allclose(maps.load_LG.mean(axis=1), 1)
+    assert maps.rows_GG[away_GG].sum() / 8 == pytest.approx(found.rows_inside + found.rows_across)
+    assert maps.transitions_GG.sum() == pytest.approx(1)
+    assert maps.transitions_GG[away_GG].sum() * 2 == pytest.approx(found.hops)
+    nobody = Trace(np.concatenate([trace.expert_ids_SLK, np.full((480, 1, 3), -1)], axis=1), 16)
+    none = Maps.of(Placement(placement.gpu_LE[[0, 1, 2, 2]], 8), nobody, topology)
+    np.testing.assert_array_equal(none.load_LG[3], 1)
