@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from moetrain.errors import PlacementError, TraceError
@@ -24,6 +23,7 @@ from moetrain.placement.placement import Placement
 from moetrain.placement.statistics import load_LE
 from moetrain.placement.topology import Topology
 from moetrain.placement.trace import Trace
+from moetrain.yaml_files import read_yaml
 
 _DISPATCH_COLLECTIVES = 5
 """Sizes, rows, indices and weights on the way out; rows in combine's backward pass."""
@@ -86,8 +86,8 @@ def load_calibration(path: Path) -> Calibration:
 
     Raises PlacementError, which names the file and the key.
     """
+    record = read_yaml(path, PlacementError)
     try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise PlacementError("expected `key: number` lines")
         names = [field.name for field in fields(Calibration)]
@@ -95,9 +95,7 @@ def load_calibration(path: Path) -> Calibration:
             if key not in names:
                 raise PlacementError(f"no such key: {key}; there are {', '.join(names)}")
         return Calibration(**{key: _number(value) for key, value in record.items()})
-    except OSError as error:
-        raise PlacementError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, PlacementError) as error:
+    except PlacementError as error:
         raise PlacementError(f"{path}: {error}") from None
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import yaml
 
 from moetrain.errors import PlacementError
 from moetrain.placement.nvidia_smi import detect_topology
 from moetrain.placement.topology import NVLINK, Link, Topology, join
+from moetrain.yaml_files import read_yaml
 
 _LINK_KEYS = ("bandwidth", "latency")
 
@@ -60,16 +60,7 @@ def load_topology(path: Path) -> Topology:
     are in bytes (B/s, kB/s, MB/s, GB/s, TB/s) or bits (Gb/s, …), latencies in s, ms, us or ns. Raises PlacementError,
     which names the file, the key and what to do.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlacementError(f"{path}: {error.strerror}; give a topology file") from None
-    except UnicodeDecodeError:
-        raise PlacementError(f"{path}: not text; give a topology as YAML") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise PlacementError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    values = read_yaml(path, PlacementError)
     try:
         section = _Section(values, "")
         any_graph = "links" in section.values or "islands" in section.values

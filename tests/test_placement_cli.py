@@ -205,7 +205,7 @@ def test_an_interrupt_reaches_a_program_that_runs():
         (["--topology", "apart.yaml"], 1, "apart.yaml: not connected"),
         (["--topology", "four.yaml"], 1, "four.yaml: has 4 GPUs, not 2"),
         (["--topology", "detect"], 1, "no nvidia-smi on this machine"),
-        (["--topology", "nowhere.yaml"], 1, "nowhere.yaml: No such file"),
+        (["--topology", "nowhere.yaml"], 1, "nowhere.yaml: cannot be read: No such file"),
         (["--objective", "speed"], 1, "objective 'speed'"),
         (["--solver", "magic"], 2, "argument --solver: invalid choice: 'magic'"),
         (["--time-limit", "0"], 2, "--time-limit 0: expected seconds, more than 0"),

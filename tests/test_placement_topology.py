@@ -154,7 +154,8 @@ BAD = {
     "links: 3": "links: expected a list, found a int",
     "links: []": "GPUs must be numbered from 0",
     "": "the file: expected keys and values, found nothing",
-    "nodes: [": "not valid YAML",
+    "nodes: [": "topology.yaml:1: not valid YAML",
+    EQUAL_NODES + "nodes: 3": "topology.yaml:6: not valid YAML: the key 'nodes' is there twice",
 }
 
 
@@ -168,10 +169,10 @@ def test_what_is_no_topology(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(PlacementError, match="No such file or directory; give a topology file"):
+    with pytest.raises(PlacementError, match="none: cannot be read: No such file or directory"):
         load_topology(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PlacementError, match="not text; give a topology as YAML"):
+    with pytest.raises(PlacementError, match="binary: not text in UTF-8"):
         load_topology(tmp_path / "binary")
 
 
