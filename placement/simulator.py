@@ -186,8 +186,8 @@ def sources(trace: Trace, num_gpus: int, seed: int = 0) -> NDArray[np.int64]:
         raise TraceError(
             f"{trace.num_tokens} tokens for {num_gpus} GPUs: each must be the source of some; record more tokens"
         )
-    recorded_S = trace.source_S
-    if recorded_S is not None and np.array_equal(np.unique(recorded_S), np.arange(num_gpus)):
+    recorded_S = trace.source_among(num_gpus)
+    if recorded_S is not None:
         return recorded_S.astype(np.int64)
     return np.random.default_rng(seed).permutation(trace.num_tokens) % num_gpus
 
