@@ -20,7 +20,7 @@ from moetrain.placement.evaluation import Candidate, baselines, compare
 from moetrain.placement.objectives import objective
 from moetrain.placement.problem import Problem
 from moetrain.placement.solve import SOLVERS, solve
-from moetrain.placement.topology import Topology, load_topology
+from moetrain.placement.topology_file import topology_of
 from moetrain.placement.trace import Trace, load_trace
 
 HOLDOUT = 0.2
@@ -47,10 +47,7 @@ class Options:
 
 def placement_command(options: Options) -> int:
     """Run the benchmark; returns 0. Raises TraceError, PlacementError and ConfigError."""
-    topology = Topology.uniform(options.gpus) if options.topology is None else load_topology(Path(options.topology))
-    if topology.num_gpus != options.gpus:
-        raise ConfigError(f"--gpus {options.gpus}: {options.topology} has {topology.num_gpus}")
-    solvers = [name for name in SOLVERS if name not in BASELINES] if options.solvers is None else options.solvers
+    topology = topology_of(options.topology, options.gpus)
     deadline = Deadline(options.budget_seconds)
     report = Report("placement", torch.device("cpu"), options.json)
     report.contents |= {"held_out": HOLDOUT, "time_limit": options.time_limit, "gpus": options.gpus}
@@ -66,20 +63,15 @@ def placement_command(options: Options) -> int:
                 f"\n{name}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, {trace.num_experts} experts, "
                 f"{trace.top_k} a token, {options.gpus} GPUs; solved for {wanted}"
             )
-            candidates = baselines(problem, fitted, options.seed)
-            gaps: dict[str, float | None] = {candidate.name: None for candidate in candidates}
-            for solver in solvers:
-                try:
-                    solution = solve(problem, solver, time_limit=options.time_limit, seed=options.seed)
-                except PlacementError:  # not for this objective
-                    if options.solvers is not None:
-                        raise
-                    continue
-                candidates.append(Candidate(solver, solution.placement, solution.seconds))
-                gaps[solver] = solution.gap
-            judged = objective(wanted, held_out, topology)
+            solved: list[tuple[Candidate, float | None]] = [
+                *((candidate, None) for candidate in baselines(problem, fitted, options.seed)),
+                *_solved(problem, options, deadline),
+            ]
+            compared = compare(
+                [candidate for candidate, _ in solved], objective(wanted, held_out, topology), held_out, topology
+            )
             rows = []
-            for candidate, row in zip(candidates, compare(candidates, judged, held_out, topology), strict=True):
+            for (candidate, gap), row in zip(solved, compared, strict=True):
                 fitted_cost = term.cost(candidate.placement.gpu_LE)
                 report.add(
                     {
@@ -88,13 +80,12 @@ def placement_command(options: Options) -> int:
                         "shape": [trace.num_tokens, trace.num_layers, trace.num_experts, trace.top_k],
                         "solver": row.name,
                         "fitted_cost": fitted_cost,
-                        "gap": gaps[row.name],
+                        "gap": gap,
                         "held_out_cost": row.cost,
                         **asdict(row.score),
                         "seconds": row.seconds,
                     }
                 )
-                gap = gaps[row.name]
                 rows.append(
                     [
                         row.name,
@@ -112,13 +103,31 @@ def placement_command(options: Options) -> int:
     return 0
 
 
-def _traces(options: Options) -> Iterator[tuple[str, Trace]]:
+def _solved(problem: Problem, options: Options, deadline: Deadline) -> Iterator[tuple[Candidate, float]]:
+    """What solvers find, and its gap. Those that are not for the objective raise PlacementError only if asked for."""
+    every_table_has = ("contiguous", "random")
+    asked_for = options.solvers is not None
+    for solver in options.solvers or [name for name in SOLVERS if name not in every_table_has]:
+        if deadline.passed:
+            return
+        try:
+            solution = solve(problem, solver, time_limit=options.time_limit, seed=options.seed)
+        except PlacementError:
+            if asked_for:
+                raise
+            continue
+        yield Candidate(solver, solution.placement, solution.seconds), solution.gap
+
+
+def _traces(options: Options) -> list[tuple[str, Trace]]:
+    """All at once, so that what is wrong with the last is known before the first is solved."""
     if not options.traces and not options.synthetic:
         raise ConfigError("--traces, --synthetic: give at least one")
-    for path in options.traces:
-        yield path, load_trace(Path(path))
-    for family in options.synthetic:
-        yield f"{family}, seed {options.seed}", synthetic(family, options.shape, options.seed)
+    seed = options.seed
+    return [
+        *((path, load_trace(Path(path))) for path in options.traces),
+        *((f"{family}, seed {seed}", synthetic(family, options.shape, seed)) for family in options.synthetic),
+    ]
 
 
 def synthetic(family: str, shape: str, seed: int) -> Trace:
@@ -172,4 +181,3 @@ FAMILIES: dict[str, Callable[[np.random.Generator, int, int], Scores]] = {
     "lognormal": _lognormal,
     "topics": _topics,
 }
-BASELINES = ("contiguous", "random", "greedy")

@@ -376,7 +376,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
         "--shape", default="16384,12,64,8", metavar="S,L,E,K", help="of those (default: %(default)s)"
     )
     placement.add_argument("--gpus", type=positive, default=8, metavar="G", help="(default: %(default)s)")
-    placement.add_argument("--topology", metavar="F", help="YAML of nodes and links")
+    placement.add_argument("--topology", metavar="F", help="as for moetrain place")
     placement.add_argument(
         "--objectives",
         nargs="+",

@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from moetrain.errors import ConfigError, PlacementError
 from moetrain.placement.sums import parse_sum
+from moetrain.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,8 @@ class RebalanceConfig:
     min_gain: float = 0.05
     """Move only if the objective falls by this fraction."""
     topology: str | None = None
-    """File with the links between the parallel.ep GPUs, as for `moetrain place --topology`; default: one node with
-    NVLink. It weighs traffic and predicts how long a move takes."""
+    """File with the links between the parallel.ep GPUs, or `detect`, as for `moetrain place --topology`; default: one
+    node with NVLink. It weighs traffic and predicts how long a move takes."""
 
 
 @dataclass(frozen=True)
@@ -380,15 +381,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Without a `run.dir` the run folder is ``runs/<name of the file>``.
     """
     file = find_config(name)
-    try:
-        text = file.read_text(encoding="utf-8")
-        parsed = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    parsed = read_yaml(file, ConfigError)
     if parsed is None:
         parsed = {}
     if not isinstance(parsed, dict):
@@ -419,22 +412,6 @@ def _resolve(merged: Any, overrides: Sequence[str]) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice; YAML's usual loader lets the last one win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _merge(base: Any, update: Any, where: str) -> Any:

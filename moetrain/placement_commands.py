@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from moetrain.placement.problem import Progress as OnProgress
 from moetrain.placement.report import FORMATS, Maps, write_report
 from moetrain.placement.simulator import Calibration, load_calibration, sources
 from moetrain.placement.solve import SOLVERS, solve
-from moetrain.placement.topology import Topology, load_topology
+from moetrain.placement.topology import Topology
+from moetrain.placement.topology_file import topology_of
 from moetrain.placement.trace import Trace, load_trace
 
 
@@ -39,7 +40,9 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, metavar="E", help="of a layer (default: as the trace says)")
     parser.add_argument("--gpus", required=True, type=int, metavar="G", help="to place the experts on")
     parser.add_argument(
-        "--topology", type=Path, metavar="F", help="YAML of nodes and links (default: any two GPUs equally far)"
+        "--topology",
+        metavar="F",
+        help="YAML of nodes and links, or `detect` for this machine's (default: any two GPUs equally far)",
     )
     parser.add_argument(
         "--objective",
@@ -53,8 +56,12 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, default=60.0, metavar="SECONDS", help="of the search (default: %(default)g)"
     )
-    parser.add_argument("--least", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G)")
-    parser.add_argument("--most", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G)")
+    parser.add_argument(
+        "--least", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G, or with --most 0)"
+    )
+    parser.add_argument(
+        "--most", type=int, metavar="N", help="experts of a layer on a GPU (default: E / G, or with --least E)"
+    )
     parser.add_argument(
         "--holdout",
         type=float,
@@ -75,9 +82,7 @@ def place_command(args: argparse.Namespace) -> int:
     can, and ConfigError for options that mean nothing."""
     _check_options(args)
     trace = load_trace(args.trace, args.experts)
-    topology = Topology.uniform(args.gpus) if args.topology is None else load_topology(args.topology)
-    if topology.num_gpus != args.gpus:
-        raise PlacementError(f"{args.topology}: has {topology.num_gpus} GPUs, and --gpus is {args.gpus}")
+    topology = topology_of(args.topology, args.gpus)
     calibration = Calibration() if args.calibration is None else load_calibration(args.calibration)
     fitted, judged = (trace, trace) if args.holdout is None else trace.split(args.holdout, args.seed)
     problem = _problem(args, fitted, topology)
@@ -99,7 +104,7 @@ def place_command(args: argparse.Namespace) -> int:
     save_placement(args.out, solution.placement, **record)
 
     candidates = [*baselines(problem, fitted, args.seed), Candidate("solved", solution.placement, solution.seconds)]
-    term = objective(args.objective, judged, topology)
+    term = problem.objective if judged is fitted else objective(args.objective, judged, topology)
     compared = compare(candidates, term, judged, topology, calibration, args.seed)
     head, rows = table_of(compared, several_nodes=topology.num_nodes > 1)
     which = "all" if args.holdout is None else "held out"
@@ -180,22 +185,21 @@ def _record(
     solution: Solution,
 ) -> dict[str, Any]:
     """What placement.json says besides the assignment: `cost` and `bound` are on the whole trace."""
-    cost, bound = solution.cost, solution.bound
     if fitted is not trace:
         whole = objective(args.objective, trace, topology)
         cost = whole.cost(solution.placement.gpu_LE)
-        bound = whole.lower_bound(args.gpus, problem.least, problem.most)
+        solution = replace(solution, cost=cost, bound=whole.lower_bound(args.gpus, problem.least, problem.most))
     return {
         "objective": args.objective,
-        "cost": cost,
-        "bound": bound,
-        "gap": max(cost - bound, 0.0) / cost if cost else 0.0,
+        "cost": solution.cost,
+        "bound": solution.bound,
+        "gap": solution.gap,
         "solver": solution.solver,
         "seconds": solution.seconds,
         "least": problem.least,
         "most": problem.most,
         "trace": str(args.trace),
-        "topology": None if args.topology is None else str(args.topology),
+        "topology": args.topology,
         "tokens": trace.num_tokens,
         "solved_for_tokens": fitted.num_tokens,
         "seed": args.seed,
@@ -216,7 +220,7 @@ def _facts(args: argparse.Namespace, record: dict[str, Any], score: Score) -> di
         "objective": f"{args.objective} {_costs(record['cost'], record['bound'])}, on all {record['tokens']:,} tokens",
         "solver": f"{record['solver']} (asked for: {args.solver}), {record['seconds']:.1f} s",
         "trace": f"{args.trace}, of which {record['solved_for_tokens']:,} tokens to solve for",
-        "topology": str(args.topology or "any two GPUs equally far"),
+        "topology": args.topology or "any two GPUs equally far",
         "experts of a layer on a GPU": f"{share}{record['most']}",
         "simulated step": f"{1e3 * score.step_seconds:,.1f} ms: " + ", ".join(times),
     }

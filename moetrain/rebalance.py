@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ from moetrain.placement.background import Found, Request, Search, recorded_objec
 from moetrain.placement.objectives import LoadTerm, Objective
 from moetrain.placement.placement import Placement
 from moetrain.placement.statistics import load_LG
-from moetrain.placement.topology import Topology, load_topology
+from moetrain.placement.topology import Topology
+from moetrain.placement.topology_file import topology_of
 
 DELAY = 10
 """Steps from the beginning of a search to its answer (at most: until the next search)."""
@@ -96,18 +96,10 @@ class Rebalancer:
             self._search = None
 
     def _load_topology(self) -> Topology:
-        if self.settings.topology is None:
-            return Topology.uniform(self.mesh.ep)
         try:
-            topology = load_topology(Path(self.settings.topology))
+            return topology_of(self.settings.topology, self.mesh.ep)
         except PlacementError as error:
             raise PlacementError(f"placement.rebalance.topology: {error}") from None
-        if topology.num_gpus != self.mesh.ep:
-            raise PlacementError(
-                f"placement.rebalance.topology = {self.settings.topology}: has {topology.num_gpus} GPUs, but "
-                f"parallel.ep = {self.mesh.ep}; describe the GPUs of one ep group"
-            )
-        return topology
 
     def _begin(self, step: int) -> None:
         load_LE = self._load_LE.clone()

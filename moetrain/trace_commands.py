@@ -1,4 +1,7 @@
-"""`moetrain trace info`."""
+"""`moetrain trace info`.
+
+Shapes: L MoE layers, E experts.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +24,7 @@ from moetrain.placement.statistics import Drift, drift, imbalance_L, load_LE, lo
 from moetrain.placement.trace import Trace, load_trace
 
 _WINDOWS = 9
-"""Groups of recorded steps that the drift compares: the first, and so many others but one."""
+"""Groups of recorded steps, at most: the first, and those whose drift from it is shown."""
 
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,24 +126,23 @@ def _windows(trace: Trace, gpus: int | None) -> list[Window]:
     changes = drift([first, *later])
     if gpus is None:
         return [Window(change, None, None, None) for change in changes]
-    contiguous, packed = _contiguous(trace, gpus), _packed(first, gpus)
-    return [
-        Window(change, *(_imbalance(window, gpu_LE, gpus) for gpu_LE in (contiguous, packed, _packed(window, gpus))))
-        for change, window in zip(changes, later, strict=True)
-    ]
+    contiguous, at_first = _contiguous(trace, gpus), _packed(load_LE(first), gpus)
+    described = []
+    for change, window in zip(changes, later, strict=True):
+        load = load_LE(window)
+        placements = (contiguous, at_first, _packed(load, gpus))
+        means = [float(imbalance_L(load_LG(load, gpu_LE, gpus)).mean()) for gpu_LE in placements]
+        described.append(Window(change, *means))
+    return described
 
 
 def _contiguous(trace: Trace, gpus: int) -> Assignment:
     return Placement.contiguous(trace.num_layers, trace.num_experts, gpus).gpu_LE
 
 
-def _packed(trace: Trace, gpus: int) -> Assignment:
-    share = trace.num_experts // gpus
-    return pack(load_LE(trace), gpus, share, share)[0]
-
-
-def _imbalance(trace: Trace, gpu_LE: Assignment, gpus: int) -> float:
-    return float(imbalance_L(load_LG(load_LE(trace), gpu_LE, gpus)).mean())
+def _packed(load_LE: NDArray[np.float64], gpus: int) -> Assignment:
+    share = load_LE.shape[1] // gpus
+    return pack(load_LE, gpus, share, share)[0]
 
 
 def info_command(args: argparse.Namespace) -> int:

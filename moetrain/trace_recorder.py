@@ -68,7 +68,7 @@ class TraceRecorder:
         if self._sampled_S is None:
             rng = np.random.default_rng((self.seed, self._step, self.rank))
             sampled_S = np.sort(rng.permutation(routing.num_tokens)[: self.tokens])
-            self._sampled_S = torch.from_numpy(sampled_S).to(routing.token_offsets.device)
+            self._sampled_S = torch.from_numpy(sampled_S).to(routing.token_offsets.device, non_blocking=True)
         room = router.num_experts if router.config.rounding != "none" else router.config.top_k
         self._ids.append(_experts_of(routing, self._sampled_S, room))
 

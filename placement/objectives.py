@@ -197,8 +197,8 @@ class TrafficTerm:
     def from_trace(trace: Trace, distance_GG: Table) -> TrafficTerm:
         """Sources that are not the GPUs 0 to G − 1, each with some tokens, are those of another world, or none: then
         every GPU is the source of an equal part of each row."""
-        source_S, distance_SG = trace.source_S, distance_GG
-        if source_S is None or not np.array_equal(np.unique(source_S), np.arange(len(distance_GG))):
+        source_S, distance_SG = trace.source_among(len(distance_GG)), distance_GG
+        if source_S is None:
             source_S, distance_SG = np.zeros(trace.num_tokens, np.int64), distance_GG.mean(0, keepdims=True)
         layers = range(trace.num_layers)
         rows = tuple(Rows.count(trace.expert_ids_SLK[:, layer], source_S, trace.num_experts) for layer in layers)

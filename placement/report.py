@@ -25,7 +25,7 @@ from moetrain.files import write_text, written_aside
 from moetrain.placement.evaluation import gpu_transitions_GG
 from moetrain.placement.placement import Placement
 from moetrain.placement.simulator import simulate
-from moetrain.placement.statistics import load_LE, load_LG
+from moetrain.placement.statistics import load_LE, load_LG, relative_LX
 from moetrain.placement.topology import Topology
 from moetrain.placement.trace import Trace
 
@@ -49,10 +49,8 @@ class Maps:
 
     @staticmethod
     def of(placement: Placement, trace: Trace, topology: Topology, seed: int = 0) -> Maps:
-        load = load_LG(load_LE(trace), placement.gpu_LE, placement.num_gpus)
-        mean_L1 = load.mean(axis=1, keepdims=True)
         return Maps(
-            np.divide(load, mean_L1, out=np.ones_like(load), where=mean_L1 > 0),
+            relative_LX(load_LG(load_LE(trace), placement.gpu_LE, placement.num_gpus)),
             simulate(trace, placement, topology, seed=seed).rows_GG,
             gpu_transitions_GG(placement, trace) / max(trace.num_layers - 1, 1),
         )

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from moetrain.errors import PlacementError, TraceError
 from moetrain.placement.placement import Placement
+from moetrain.placement.statistics import load_LE
 from moetrain.placement.topology import Topology
 from moetrain.placement.trace import Trace
+from moetrain.yaml_files import read_yaml
 
 _DISPATCH_COLLECTIVES = 5
 """Sizes, rows, indices and weights on the way out; rows in combine's backward pass."""
@@ -85,8 +86,8 @@ def load_calibration(path: Path) -> Calibration:
 
     Raises PlacementError, which names the file and the key.
     """
+    record = read_yaml(path, PlacementError)
     try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise PlacementError("expected `key: number` lines")
         names = [field.name for field in fields(Calibration)]
@@ -94,9 +95,7 @@ def load_calibration(path: Path) -> Calibration:
             if key not in names:
                 raise PlacementError(f"no such key: {key}; there are {', '.join(names)}")
         return Calibration(**{key: _number(value) for key, value in record.items()})
-    except OSError as error:
-        raise PlacementError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, PlacementError) as error:
+    except PlacementError as error:
         raise PlacementError(f"{path}: {error}") from None
 
 
@@ -124,25 +123,12 @@ class Simulation:
 
     @property
     def layer_seconds_L(self) -> NDArray[np.float64]:
-        return self.dense_seconds + sum(part.max(axis=1) for part in self._parts)
+        parts = (self.dispatch_LG, self.compute_LG, self.combine_LG)
+        return self.dense_seconds + sum(part.max(axis=1) for part in parts)
 
     @property
     def step_seconds(self) -> float:
         return float(self.layer_seconds_L.sum())
-
-    @property
-    def busy_G(self) -> NDArray[np.float64]:
-        """What each GPU works and sends; `step_seconds` less this it waits."""
-        return self.dense_seconds * len(self.compute_LG) + sum(part.sum(axis=0) for part in self._parts)
-
-    @property
-    def compute_imbalance_L(self) -> NDArray[np.float64]:
-        """max / mean over the GPUs."""
-        return self.compute_LG.max(axis=1) / self.compute_LG.mean(axis=1)
-
-    @property
-    def _parts(self) -> tuple[NDArray[np.float64], ...]:
-        return self.dispatch_LG, self.compute_LG, self.combine_LG
 
 
 def simulate(
@@ -171,6 +157,7 @@ def simulate(
     source_S = sources(trace, G, seed)
     # Each source's tokens, however many were recorded, stand for one micro-batch.
     weight_G: NDArray[np.float64] = calibration.tokens_per_gpu / np.bincount(source_S, minlength=G)
+    used_LE = load_LE(trace) > 0
     dispatch_LG, compute_LG, combine_LG = np.empty((3, trace.num_layers, G))
     all_rows_GG = np.zeros((G, G))
     for layer in range(trace.num_layers):
@@ -179,8 +166,7 @@ def simulate(
         bytes_GG = rows_GG * calibration.row_bytes
         plain_G = _exchange_seconds(bytes_GG, topology, calibration)
         with_pairs_G = _exchange_seconds(bytes_GG + pairs_GG * calibration.pair_bytes, topology, calibration)
-        used_E = np.bincount(_chosen(trace, layer), minlength=trace.num_experts) > 0
-        experts_G = np.bincount(placement.gpu_LE[layer][used_E], minlength=G)
+        experts_G = np.bincount(placement.gpu_LE[layer][used_LE[layer]], minlength=G)
         computed_G = pairs_GG.sum(axis=0) + experts_G * calibration.padding_rows
         fixed = calibration.exchange_seconds if G > 1 else 0.0
         dispatch_LG[layer] = with_pairs_G + plain_G + _DISPATCH_COLLECTIVES * fixed
@@ -200,8 +186,8 @@ def sources(trace: Trace, num_gpus: int, seed: int = 0) -> NDArray[np.int64]:
         raise TraceError(
             f"{trace.num_tokens} tokens for {num_gpus} GPUs: each must be the source of some; record more tokens"
         )
-    recorded_S = trace.source_S
-    if recorded_S is not None and np.array_equal(np.unique(recorded_S), np.arange(num_gpus)):
+    recorded_S = trace.source_among(num_gpus)
+    if recorded_S is not None:
         return recorded_S.astype(np.int64)
     return np.random.default_rng(seed).permutation(trace.num_tokens) % num_gpus
 
@@ -223,11 +209,6 @@ def _dispatch(
     cell_SK = source_S[:, None] * G + gpu_SK
     rows_GG, pairs_GG = (np.bincount(cell_SK[kept], minlength=G * G).reshape(G, G) for kept in (first_SK, chosen_SK))
     return rows_GG * weight_G[:, None], pairs_GG * weight_G[:, None]
-
-
-def _chosen(trace: Trace, layer: int) -> NDArray[np.integer]:
-    ids_SK = trace.expert_ids_SLK[:, layer]
-    return ids_SK[ids_SK >= 0]
 
 
 def _exchange_seconds(

@@ -68,8 +68,13 @@ def load_LG(load_LE: NDArray[np.floating], gpu_LE: Assignment, num_gpus: int) ->
 
 def imbalance_L(load_LX: Floats) -> Floats:
     """[L]: the largest load over the mean, of experts or of GPUs; 1 is balance, and so is a layer without pairs."""
-    mean_L = load_LX.mean(1)
-    return np.divide(load_LX.max(1), mean_L, out=np.ones_like(mean_L), where=mean_L > 0)
+    return relative_LX(load_LX).max(1)
+
+
+def relative_LX(load_LX: Floats) -> Floats:
+    """[L, X]: loads, of experts or of GPUs, over the mean of their layer; 1 in a layer without pairs."""
+    mean_L1 = load_LX.mean(1, keepdims=True)
+    return np.divide(load_LX, mean_L1, out=np.ones_like(load_LX), where=mean_L1 > 0)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,12 @@ class Trace:
     def top_k(self) -> int:
         return self.expert_ids_SLK.shape[2]
 
+    def source_among(self, num_gpus: int) -> NDArray[np.integer] | None:
+        """[S]: `source_S`, if each of the GPUs 0 to G − 1 had tokens, and no other; None: it says nothing of them."""
+        source_S = self.source_S
+        known = source_S is not None and np.array_equal(np.unique(source_S), np.arange(num_gpus))
+        return source_S if known else None
+
     def select(self, tokens: NDArray[np.bool_] | slice) -> Trace:
         """The trace of some of the tokens."""
         return replace(

@@ -49,9 +49,6 @@ def _build_data(folder: Path, files: int) -> Path:
     return out
 
 
-FIGURES = ("loss", "grad_norm", "weights", "exp_avg", "exp_avg_sq")
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The rows that tests have recorded as "topology", and the largest figures of each engine."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
@@ -59,13 +56,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = [value for report in called for name, value in report.user_properties if name == "topology"]
     if not rows:
         return
+    from comparison import Differences
+
     engines: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         if "refused" not in row:
             engines.setdefault((row["where"], row["dtype"], row["engine"]), []).append(row)
     summary = [
         {"where": where, "dtype": dtype, "engine": engine, "rows": str(len(of_engine))}
-        | {name: max((row[name] for row in of_engine), key=float) for name in FIGURES}
+        | {name: max((row[name] for row in of_engine), key=float) for name in Differences._fields}
         for (where, dtype, engine), of_engine in engines.items()
     ]
     terminalreporter.section("topologies: largest relative differences from one rank")

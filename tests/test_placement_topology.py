@@ -9,8 +9,10 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from moetrain.errors import PlacementError, UserError
-from moetrain.placement.topology import Link, Topology, detect_topology, load_topology, parse_nvidia_smi
+from moetrain.errors import PlacementError
+from moetrain.placement.nvidia_smi import detect_topology, parse_nvidia_smi
+from moetrain.placement.topology import Link, Topology
+from moetrain.placement.topology_file import load_topology, topology_of
 
 EQUAL_NODES = """
 nodes: 2
@@ -127,6 +129,7 @@ BAD = {
     EQUAL_NODES.replace("450 GB/s", "450"): "nvlink.bandwidth = 450: must be a number with a unit of B/s, kB/s,",
     EQUAL_NODES.replace("450 GB/s", "450 GB"): "nvlink.bandwidth = '450 GB': must be a number with a unit of B/s",
     EQUAL_NODES.replace("450 GB/s", "4.5.0 GB/s"): "nvlink.bandwidth = '4.5.0 GB/s': must be a number with a unit",
+    EQUAL_NODES.replace("450 GB/s", "9e999 GB/s"): "nvlink.bandwidth = '9e999 GB/s': must be positive and finite",
     EQUAL_NODES.replace("450 GB/s", "0 GB/s"): "nvlink.bandwidth = '0 GB/s': must be positive and finite",
     EQUAL_NODES.replace("8 us", "8 GB/s"): "network.latency = '8 GB/s': must be a number with a unit of s, ms, us, ns",
     EQUAL_NODES.replace("8 us", "-8 us"): "network.latency = '-8 us': must be a number",
@@ -151,7 +154,8 @@ BAD = {
     "links: 3": "links: expected a list, found a int",
     "links: []": "GPUs must be numbered from 0",
     "": "the file: expected keys and values, found nothing",
-    "nodes: [": "not valid YAML",
+    "nodes: [": "topology.yaml:1: not valid YAML",
+    EQUAL_NODES + "nodes: 3": "topology.yaml:6: not valid YAML: the key 'nodes' is there twice",
 }
 
 
@@ -165,10 +169,10 @@ def test_what_is_no_topology(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(PlacementError, match="No such file or directory; give a topology file"):
+    with pytest.raises(PlacementError, match="none: cannot be read: No such file or directory"):
         load_topology(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PlacementError, match="not text; give a topology as YAML"):
+    with pytest.raises(PlacementError, match="binary: not text in UTF-8"):
         load_topology(tmp_path / "binary")
 
 
@@ -258,9 +262,9 @@ def test_one_gpu() -> None:
 
 
 def test_text_that_is_no_table() -> None:
-    with pytest.raises(UserError, match="shows no GPUs; describe the machine with --topology"):
+    with pytest.raises(PlacementError, match="shows no GPUs; describe the machine in a topology file"):
         parse_nvidia_smi("No devices were found")
-    with pytest.raises(UserError, match=r"cannot read its line .*GPU1"):
+    with pytest.raises(PlacementError, match=r"cannot read its line .*GPU1"):
         parse_nvidia_smi(TWO_H200.replace("GPU1\tNV18\t X ", "GPU1\tNV18\tFOO"))
 
 
@@ -268,10 +272,13 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     results = {"stdout": TWO_H200, "stderr": "", "returncode": 0}
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, **results))
     assert detect_topology().num_gpus == 2
+    assert topology_of("detect", 2).bandwidth_GG[0, 1] == 450e9
+    with pytest.raises(PlacementError, match="detect: has 2 GPUs, not 8"):
+        topology_of("detect", 8)
     results |= {"returncode": 9, "stdout": "NVIDIA-SMI has failed because it couldn't communicate with the driver."}
-    with pytest.raises(UserError, match=r"NVIDIA-SMI has failed .*; describe the machine with --topology"):
+    with pytest.raises(PlacementError, match=r"NVIDIA-SMI has failed .*; describe the machine in a topology file"):
         detect_topology()
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="no nvidia-smi on this machine"):
+    with pytest.raises(PlacementError, match="no nvidia-smi on this machine"):
         detect_topology()

@@ -288,7 +288,7 @@ def test_other_orders_on_one_gpu(engine: str, nccl: Measured, record_property: A
     row, found = {run.row.engine: (run.row, found) for run, found in nccl.by_order.items()}[engine]
     cells = {"engine": f"{engine}, other orders", "accumulate": "1–16"}
     record_property("topology", row.cells("nccl", "bfloat16") | cells | figures(found))
-    assert all(0 < difference < 0.1 for difference in found)
+    assert all(0 < difference < 0.02 for difference in found)
 
 
 @pytest.mark.gpu2
@@ -297,9 +297,17 @@ def test_over_nccl_in_bfloat16(row: Row, nccl: Measured, record_property: Any) -
     check(Run(row, "bfloat16"), nccl, "nccl", record_property)
 
 
+def is_refused(run: Run) -> bool:
+    """Of all rows these and no others; another refusal would take rows out of the table without a failure."""
+    engine = run.row.engine
+    return (engine in ("zero-1", "zero-2") and run.row.tp == 2) or (engine, run.dtype) == ("zero-1", "bfloat16")
+
+
 def check(run: Run, measured: Measured, where: str, record_property: Any) -> None:
     cells = run.row.cells(where, run.dtype)
-    if refusal := run.row.refusal(*overrides_of(measured.device, run.dtype)):
+    refusal = run.row.refusal(*overrides_of(measured.device, run.dtype))
+    assert (refusal is not None) == is_refused(run), refusal
+    if refusal is not None:
         record_property("topology", cells | {"refused": textwrap.shorten(refusal, 80, placeholder=" …")})
         return
     found = measured.found[run]
