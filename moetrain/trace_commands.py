@@ -20,11 +20,23 @@ from moetrain.errors import ConfigError
 from moetrain.files import write_text
 from moetrain.placement.load import pack
 from moetrain.placement.placement import Assignment, Placement
-from moetrain.placement.statistics import Drift, drift, imbalance_L, load_LE, load_LG, transitions_LEE, windows
+from moetrain.placement.statistics import (
+    Drift,
+    coactivation_LEE,
+    drift,
+    imbalance_L,
+    load_LE,
+    load_LG,
+    load_RLE,
+    transitions_LEE,
+    windows,
+)
 from moetrain.placement.trace import Trace, load_trace
 
 _WINDOWS = 9
 """Groups of recorded steps, at most: the first, and those whose drift from it is shown."""
+_TINY = np.finfo(np.float64).tiny
+"""In place of the sum of a layer's loads where it has no pairs."""
 
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +61,9 @@ class Layer:
     """The same of GPUs with neighbouring experts, E / G of them; None: GPUs were not asked for."""
     unused: int
     """Experts without a token."""
+    partner: float | None
+    """How many of an expert's tokens go to its most frequent partner too, mean over its tokens; None: no layer has two
+    experts a token."""
     next_guessed: float | None
     """How often the best guess of the next layer's expert is right that knows this layer's; None: the last layer."""
     next_guessed_blindly: float | None
@@ -78,6 +93,9 @@ class Info:
     inferred_experts: bool
     steps: list[int]
     sources: list[int]
+    source_distance: float | None
+    """How far the loads of a source rank's tokens are from those of all, in total-variation distance, mean over ranks
+    and layers; None: there are not several."""
     gpus: int | None
     layers: list[Layer]
     windows: list[Window]
@@ -89,13 +107,15 @@ def describe(trace: Trace, gpus: int | None = None) -> Info:
     if gpus is not None and (gpus < 1 or experts % gpus):
         raise ConfigError(f"--gpus = {gpus}: must divide the trace's {experts} experts")
     steps = [] if trace.step_S is None else np.unique(trace.step_S).tolist()
+    sources = [] if trace.source_S is None else np.unique(trace.source_S).tolist()
     return Info(
         tokens=trace.num_tokens,
         top_k=trace.top_k,
         experts=experts,
         inferred_experts=trace.inferred_experts,
         steps=steps,
-        sources=[] if trace.source_S is None else np.unique(trace.source_S).tolist(),
+        sources=sources,
+        source_distance=_source_distance(trace) if len(sources) > 1 else None,
         gpus=gpus,
         layers=_layers(trace, gpus),
         windows=_windows(trace, gpus) if len(steps) > 1 else [],
@@ -105,6 +125,8 @@ def describe(trace: Trace, gpus: int | None = None) -> Info:
 def _layers(trace: Trace, gpus: int | None) -> list[Layer]:
     load, transitions = load_LE(trace), transitions_LEE(trace)
     expert_imbalance = imbalance_L(load)
+    together_LEE = coactivation_LEE(trace) * (1 - np.eye(trace.num_experts))
+    partner_L = together_LEE.max(2).sum(1) / np.maximum(load.sum(1), _TINY)
     gpu_imbalance = None if gpus is None else imbalance_L(load_LG(load, _contiguous(trace, gpus), gpus))
     last = trace.num_layers - 1
     return [
@@ -114,11 +136,20 @@ def _layers(trace: Trace, gpus: int | None) -> list[Layer]:
             expert_imbalance=float(expert_imbalance[index]),
             gpu_imbalance=None if gpu_imbalance is None else float(gpu_imbalance[index]),
             unused=int((load[index] == 0).sum()),
+            partner=float(partner_L[index]) if trace.top_k > 1 else None,
             next_guessed=float(transitions[index].max(1).sum()) if index < last else None,
             next_guessed_blindly=float(transitions[index].sum(0).max()) if index < last else None,
         )
         for index in range(trace.num_layers)
     ]
+
+
+def _source_distance(trace: Trace) -> float:
+    loads_LE = load_LE(trace)
+    share_LE = loads_LE / np.maximum(loads_LE.sum(1, keepdims=True), _TINY)
+    _, loads_RLE = load_RLE(trace)
+    share_RLE = loads_RLE / np.maximum(loads_RLE.sum(2, keepdims=True), _TINY)
+    return float(np.abs(share_RLE - share_LE).sum(2).mean() / 2)
 
 
 def _windows(trace: Trace, gpus: int | None) -> list[Window]:
@@ -159,6 +190,8 @@ def info_command(args: argparse.Namespace) -> int:
         "steps": f"{len(info.steps):,}, {info.steps[0]:,} to {info.steps[-1]:,}" if info.steps else "not recorded",
         "source ranks": f"{len(info.sources):,}" if info.sources else "not recorded",
     }
+    if info.source_distance is not None:
+        facts["source ranks"] += f", whose loads are {_percent(info.source_distance)} from those of all"
     console = Console() if Console().is_terminal else Console(width=120)
     for name, fact in facts.items():
         console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
@@ -171,12 +204,12 @@ def info_command(args: argparse.Namespace) -> int:
 def _layer_table(info: Info) -> Table:
     columns = ["layer", "experts a token", "unused", "max/mean load of experts"]
     columns += [f"of {info.gpus} GPUs, experts in order"] if info.gpus else []
-    columns += ["next expert guessed from this one", "without"]
+    columns += ["with the same partner", "next expert guessed from this one", "without"]
     rows = []
     for layer in info.layers:
         row = [str(layer.layer), f"{layer.experts_per_token:.2f}", str(layer.unused), f"{layer.expert_imbalance:.2f}"]
         row += [_number(layer.gpu_imbalance)] if info.gpus else []
-        rows.append([*row, _percent(layer.next_guessed), _percent(layer.next_guessed_blindly)])
+        rows.append([*row, _percent(layer.partner), _percent(layer.next_guessed), _percent(layer.next_guessed_blindly)])
     return _table("Layers", columns, rows)
 
 

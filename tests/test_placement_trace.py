@@ -266,6 +266,8 @@ def test_trace_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (first["layer"], first["unused"], first["experts_per_token"]) == (1, 6, 2)
     assert (first["expert_imbalance"], first["gpu_imbalance"]) == (4, 4)
     assert (first["next_guessed"], first["next_guessed_blindly"]) == (0.5, 0.5)
+    assert (first["partner"], info["layers"][1]["partner"]) == (1, 1)
+    assert info["layers"][2]["partner"] < 0.5
     assert (info["tokens"], info["experts"], info["sources"], len(info["steps"])) == (400, 8, [0, 1, 2, 3], 10)
     assert len(info["windows"]) == 8
     for window in info["windows"]:
@@ -273,6 +275,15 @@ def test_trace_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert window["drift"]["load"] == pytest.approx(window["drift"]["load_noise"], abs=0.1)
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("tokens: 400", "steps: 10, 0 to 9", "Since the first recorded steps"))
+
+    # Layers 0 and 1 are alike for all ranks; in the last one, rank 0's tokens go to experts 0 and 1 now, others' not.
+    trace.expert_ids_SLK[:, 2] = np.where((trace.source_S == 0)[:, None], [0, 1], [2, 3])
+    save_trace(tmp_path / "trace.npz", trace)
+    assert main(["trace", "info", str(tmp_path / "trace.npz"), "--json", str(tmp_path / "info.json")]) == 0
+    at_0 = (trace.source_S == 0).mean()
+    distance = json.loads((tmp_path / "info.json").read_text())["source_distance"]
+    assert distance == pytest.approx((1 - at_0 + 3 * at_0) / 4 / 3)
+    assert f"source ranks: 4, whose loads are {distance:.1%} from those of all" in capsys.readouterr().out
 
     assert main(["trace", "info", str(tmp_path / "trace.npz"), "--gpus", "3"]) == 2
     assert "--gpus = 3: must divide the trace's 8 experts" in capsys.readouterr().err
