@@ -38,7 +38,7 @@ from moetrain.parallel import (
     sum_over_ranks,
     sum_to_pieces,
 )
-from moetrain.router import Router, RouterStats
+from moetrain.router import Router, RouterStats, RouterSums
 
 
 class Linear(nn.Module):
@@ -213,10 +213,8 @@ class MoE(nn.Module):
         self.shared = SharedExpert(model, dtype) if model.shared_dim else None
         self.recompute_experts = False
 
-    def forward(
-        self, x_BSD: Tensor, pieces: int, prior_load_E: Tensor | None, noise_seed: int | None
-    ) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BSD, pieces=pieces, prior_load_E=prior_load_E, noise_seed=noise_seed)
+    def forward(self, x_BSD: Tensor, pieces: int, noise_seed: int | None) -> tuple[Tensor, RouterSums]:
+        routing, sums = self.router(x_BSD, pieces=pieces, noise_seed=noise_seed)
         if self.slots is not None:
             routing = routing.renumbered(self.slots.slot_E)
         dispatched = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
@@ -224,7 +222,7 @@ class MoE(nn.Module):
         y_BSD = self.dispatcher.combine(y_RD, dispatched).view_as(x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        return y_BSD, stats
+        return y_BSD, sums
 
 
 class Block(nn.Module):
@@ -254,17 +252,16 @@ class Block(nn.Module):
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask_B1SS: Tensor | None,
-        prior_load_E: Tensor | None,
         noise_seed: int | None,
-    ) -> tuple[Tensor, RouterStats | None]:
+    ) -> tuple[Tensor, RouterSums | None]:
         x_BSD = _maybe_checkpoint(self.recompute_attention, self.attend, x_BSD, rotary, mask_B1SS)
         h_BSD = self.ffn_norm(x_BSD)
         length = rotary[0].shape[0]
         if not self.is_moe:
             partial_BSD = self.ffn(gather_sequences(h_BSD, length, self.tp_group))
             return x_BSD + sum_to_pieces(partial_BSD, self.tp_group), None
-        y_BSD, stats = self.ffn(h_BSD, length // h_BSD.shape[1], prior_load_E, noise_seed)
-        return x_BSD + y_BSD, stats
+        y_BSD, sums = self.ffn(h_BSD, length // h_BSD.shape[1], noise_seed)
+        return x_BSD + y_BSD, sums
 
     def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
         h_BSD = gather_sequences(self.attention_norm(x_BSD), rotary[0].shape[0], self.tp_group)
@@ -412,22 +409,22 @@ class Decoder(nn.Module):
         """Hidden states [B, S, D] after the last norm, and the router statistics of the MoE layers in order.
 
         `tokens_BS` int64; `documents_BS` int: a token attends only to tokens of its own document. `prior_load_LE` and
-        `noise_seed` are described at :meth:`Router.forward`. The tp ranks of a share of the batch are all given all of
-        its tokens, and each returns hidden states and statistics of its own part of them.
+        `noise_seed` are described at :meth:`Router.stats` and :meth:`Router.forward`. The tp ranks of a share of the
+        batch are all given all of its tokens, and each returns hidden states and statistics of its own part of them.
         """
         rotary = self._rotary_tables(tokens_BS.shape[1])
         mask = None if documents_BS is None else document_mask(documents_BS)
         embedded_BSD = embed(tokens_BS, self.embedding, self.tp_group).to(self.compute_dtype)
         x_BSD = sum_to_pieces(embedded_BSD, self.tp_group)
-        all_stats: list[RouterStats] = []
+        sums_L: list[RouterSums] = []
         for layer, block in enumerate(self.blocks):
-            index = len(all_stats)
-            prior_load_E = prior_load_LE[index] if prior_load_LE is not None and block.is_moe else None
             seed = None if noise_seed is None else derive_seed(noise_seed, layer)
-            x_BSD, stats = _maybe_checkpoint(self._recompute[layer], block, x_BSD, rotary, mask, prior_load_E, seed)
-            if stats is not None:
-                all_stats.append(stats)
-        return self.norm(x_BSD), all_stats
+            x_BSD, sums = _maybe_checkpoint(self._recompute[layer], block, x_BSD, rotary, mask, seed)
+            if sums is not None:
+                sums_L.append(sums)
+        prior_loads = [None] * len(sums_L) if prior_load_LE is None else prior_load_LE
+        stats = map(Router.stats, self.routers(), sums_L, prior_loads)
+        return self.norm(x_BSD), list(stats)
 
     @property
     def head_weight(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain.kernels import Routing
 from moetrain.placement.trace import Trace
-from moetrain.router import Router, RouterStats
+from moetrain.router import Router, RouterSums
 
 
 class TraceRecorder:
@@ -63,7 +63,7 @@ class TraceRecorder:
             layers=tuple(self.layers),
         )
 
-    def _keep(self, router: Router, inputs: Any, output: tuple[Routing, RouterStats]) -> None:
+    def _keep(self, router: Router, inputs: Any, output: tuple[Routing, RouterSums]) -> None:
         routing = output[0]
         if self._sampled_S is None:
             rng = np.random.default_rng((self.seed, self._step, self.rank))
