@@ -255,21 +255,11 @@ class Block(nn.Module):
             self.ffn = FeedForward(model.dim, inner, model.activation, dtype)
         self.recompute_attention = False
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask_B1SS: Tensor | None,
-        noise_seed: int | None,
-    ) -> tuple[Tensor, RouterSums | None]:
-        return complete(self.phases(x_BSD, rotary, mask_B1SS, noise_seed))
+    def forward(self, *inputs: Any) -> tuple[Tensor, RouterSums | None]:
+        return complete(self.phases(*inputs))
 
     def phases(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask_B1SS: Tensor | None,
-        noise_seed: int | None,
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
     ) -> Phases[tuple[Tensor, RouterSums | None]]:
         length = rotary[0].shape[0]
         if self.recompute_attention:  # from this rank's tokens: those that are gathered are tp times as many
@@ -456,13 +446,9 @@ class Decoder(nn.Module):
         return self.norm(x_BSD), list(stats)
 
     def phases(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask_B1SS: Tensor | None,
-        noise_seed: int | None,
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
     ) -> Phases[tuple[Tensor, list[RouterSums]]]:
-        """Through all layers: theirs, or a single one where there is nothing to weave."""
+        """Those of all layers; where nothing is woven a single one, in which they are called."""
         sums_L: list[RouterSums] = []
         for layer, block in enumerate(self.blocks):
             seed = None if noise_seed is None else derive_seed(noise_seed, layer)
@@ -478,10 +464,8 @@ class Decoder(nn.Module):
     def _woven(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
     ) -> tuple[Tensor, list[RouterSums]]:
-        """The first half of each tp rank's sequences, and the second: so each rank has the tokens that it always has.
-
-        It needs two sequences or more, which are whole.
-        """
+        """Two halves of the share: the first of each tp rank's sequences, and the second, so that a rank has the tokens
+        that it always has. It needs whole sequences, two or more."""
         tp = 1 if self.tp_group is None else self.tp_group.size()
         masks: list[Tensor | None] = [None, None]
         if mask_B1SS is not None:

@@ -20,6 +20,7 @@ from moetrain.config import from_dict
 from moetrain.model import Attention, Decoder, Experts
 from moetrain.parallel import AllToAllDispatcher, Phases, complete, create_mesh, weave
 from moetrain.parallel.mock import MockWorld
+from moetrain.placement.trace import load_trace
 
 CPU = torch.device("cpu")
 
@@ -149,6 +150,23 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     """Of the steps."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if "grad_norm" in record]
+
+
+def test_a_recording_has_the_first_half(tmp_path: Path, data_folder: Path) -> None:
+    recording = ["parallel.ep=2", "train.micro_batch=4", "placement.trace.every=1", "placement.trace.tokens=1000"]
+    whole, half = (
+        config_of(tmp_path / overlap, data_folder, *recording, f"parallel.overlap={overlap}")
+        for overlap in ("off", "on")
+    )
+    ids_SLK = []
+    for config in (whole, half):
+        MockWorld(2).run(train, config)
+        trace = load_trace(config.trace_folder)
+        assert trace.step_S is not None
+        assert trace.source_S is not None
+        ids_SLK.append(trace.select((trace.step_S == 1) & (trace.source_S == 1)).expert_ids_SLK)
+    assert len(ids_SLK[0]) == 4 * 16
+    assert ids_SLK[1].tolist() == ids_SLK[0][: 2 * 16].tolist()
 
 
 @pytest.mark.gpu

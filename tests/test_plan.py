@@ -228,6 +228,8 @@ def test_memory_of_a_rank_by_engine() -> None:
 
     layer, root = (held - 2 * 96 * 64 - 64) // 2, 2 * 96 * 64 + 64
     assert plan() == (4 * held, 4 * held, 8 * held, 0)
+    assert plan("bfloat16")[3] == 2 * held
+    assert plan("bfloat16", overlap=True)[3] == 2 * 2 * held
     assert plan(fsdp=True) == (4 * shard, 4 * shard, 8 * shard, 4 * (root + 2 * layer))
     assert plan("bfloat16", fsdp=True, reshard_after_forward=False)[3] == 4 * root + 2 * 2 * layer
     assert plan(engine="deepspeed", zero_stage=1) == (4 * held, 4 * held, 8 * shard, 4 * shard)
