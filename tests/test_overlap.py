@@ -152,6 +152,22 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [record for record in records if "grad_norm" in record]
 
 
+def hidden_of_documents(overlap: str) -> Tensor:
+    mesh = create_mesh(tp=2, device="cpu")
+    config = config_of(Path("run"), Path("data"), *MODELS["qwen"], "parallel.tp=2", f"parallel.overlap={overlap}")
+    model = Decoder(config, mesh)
+    model.initialize(0)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BS = torch.randint(256, (8, 16), generator=generator)
+    documents_BS = torch.randint(2, (8, 16), generator=generator).cumsum(1)
+    return model.train()(tokens_BS, documents_BS)[0]
+
+
+def test_each_half_has_the_documents_of_its_sequences() -> None:
+    for off, on in zip(*(MockWorld(2).run(hidden_of_documents, overlap) for overlap in ("off", "on")), strict=True):
+        torch.testing.assert_close(on, off, rtol=1e-12, atol=0)
+
+
 def test_a_recording_has_the_first_half(tmp_path: Path, data_folder: Path) -> None:
     recording = ["parallel.ep=2", "train.micro_batch=4", "placement.trace.every=1", "placement.trace.tokens=1000"]
     whole, half = (

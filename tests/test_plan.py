@@ -228,12 +228,18 @@ def test_memory_of_a_rank_by_engine() -> None:
 
     layer, root = (held - 2 * 96 * 64 - 64) // 2, 2 * 96 * 64 + 64
     assert plan() == (4 * held, 4 * held, 8 * held, 0)
-    assert plan("bfloat16")[3] == 2 * held
-    assert plan("bfloat16", overlap=True)[3] == 2 * 2 * held
     assert plan(fsdp=True) == (4 * shard, 4 * shard, 8 * shard, 4 * (root + 2 * layer))
     assert plan("bfloat16", fsdp=True, reshard_after_forward=False)[3] == 4 * root + 2 * 2 * layer
     assert plan(engine="deepspeed", zero_stage=1) == (4 * held, 4 * held, 8 * shard, 4 * shard)
     assert plan("bfloat16", engine="deepspeed") == (2 * held, 4 * shard, 8 * shard, 4 * shard)
+
+
+def test_each_half_of_a_micro_batch_has_its_copies_of_the_weights() -> None:
+    def copies(overlap: bool) -> int:
+        train = replace(TINY.train, dtype="bfloat16", micro_batch=2, tokens_per_step=4 * TINY.data.seq_len)
+        return make_plan(replace(TINY, train=train, parallel=ParallelConfig(ep=2, overlap=overlap)), 2).copy_bytes
+
+    assert copies(True) == 2 * copies(False) > 0
 
 
 def kept_bytes(config: Config, mesh: Mesh | None = None) -> int:
