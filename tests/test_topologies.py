@@ -120,7 +120,7 @@ def covering(choices: Iterable[list[Row]]) -> list[Row]:
     rows = []
 
     def take(some: Iterable[Row]) -> None:
-        row = max(some, key=lambda row: (len(missing & pairs(row)), -taken[row[4:]]))
+        row = max(some, key=lambda row: (len(missing & pairs(row)), row.overlap == "off", -taken[row[4:]]))
         missing.difference_update(pairs(row))
         taken[row[4:]] += 1
         rows.append(row)
