@@ -218,6 +218,7 @@ class MoE(nn.Module):
         self.recompute_experts = False
 
     def phases(self, x_BSD: Tensor, pieces: int, noise_seed: int | None) -> Phases[tuple[Tensor, RouterSums]]:
+        """y [B, S, D], and what the router counted. Arguments as of :meth:`Router.forward`."""
         routing, sums = self.router(x_BSD, pieces=pieces, noise_seed=noise_seed)
         if self.slots is not None:
             routing = routing.renumbered(self.slots.slot_E)
