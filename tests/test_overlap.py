@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moetrain.config import from_dict
 from moetrain.model import Attention, Decoder, Experts
 from moetrain.parallel import AllToAllDispatcher, Phases, complete, create_mesh, weave
 from moetrain.parallel.mock import MockWorld
+from moetrain.parallel.overlap import _communication_stream
 from moetrain.placement.trace import load_trace
 
 CPU = torch.device("cpu")
@@ -64,6 +66,64 @@ def test_halves_take_turns_and_the_backward_pass_returns_the_same_way() -> None:
     alone = complete(noting("A", x, [], []))
     assert torch.equal(first, alone)
     assert torch.equal(second, alone)
+
+
+class Streams:
+    """In place of torch.cuda: writes down what is asked of its streams."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.current = "computing"
+
+    def current_stream(self) -> Stream:
+        return Stream("computing", self.log)
+
+    def Stream(self, priority: int) -> Stream:
+        return Stream("communicating", self.log)
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        self.current = stream.name
+        yield
+        self.current = "computing"
+
+
+class Stream:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def record_event(self) -> str:
+        return self.log[-1] if self.log else "the start"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.name)
+
+
+def test_each_phase_is_on_its_stream_and_waits_for_its_own_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+
+    def half(name: str) -> Phases[str]:
+        for phase in range(2):
+            streams.log.append(f"{name}{phase} {streams.current}")
+            yield
+        streams.log.append(f"{name}2 {streams.current}")
+        return name
+
+    try:
+        assert weave([half("A"), half("B")], None, torch.device("meta")) == ["A", "B"]
+    finally:
+        _communication_stream.cache_clear()
+    assert streams.log == [
+        *("communicating waits for the start", "A0 communicating", "computing waits for communicating", "A1 computing"),
+        *("communicating waits for the start", "B0 communicating", "computing waits for communicating", "B1 computing"),
+        *("communicating waits for A1 computing", "A2 communicating"),
+        *("communicating waits for B1 computing", "B2 communicating"),
+        "computing waits for communicating",
+    ]
 
 
 _events = threading.local()
