@@ -220,6 +220,10 @@ class ParallelConfig:
     wire: Literal["compute", "bfloat16", "float8"] = "compute"
     """How rows travel to experts of other ranks: as they are, rounded to bfloat16, or as E4M3 with a scale for each 128
     columns (then the experts' sums return in bfloat16)."""
+    overlap: bool = False
+    """In training: split a micro-batch's sequences into two halves, of which one communicates (for tp and ep) while the
+    other computes (docs/overlap.md). Capacity limits and token rounding then count the tokens of a half. With tp and ep
+    of 1 nothing is split, for there is nothing to hide."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """Who reduces gradients and updates weights: torch, or DeepSpeed's ZeRO (docs/parallelism.md, "Engines")."""
     fsdp: bool = False
@@ -231,6 +235,11 @@ class ParallelConfig:
     """deepspeed: shard Adam's moments and float32 weights (1), or gradients too (2)."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """deepspeed: further keys of its JSON config; those that follow from other keys here are refused."""
+
+    @property
+    def weaves(self) -> bool:
+        """Whether layers in training see the halves of a micro-batch, in turn."""
+        return self.overlap and (self.tp > 1 or self.ep > 1)
 
 
 @dataclass(frozen=True)
@@ -254,7 +263,7 @@ class TraceConfig:
     every: int = 0
     """Steps between two recordings; 0: off."""
     tokens: int = 1024
-    """Tokens that each rank samples from its first micro-batch of such a step (at most: all)."""
+    """Tokens that each rank samples from its first micro-batch of such a step (at most: all, with overlap half)."""
     dir: str | None = None
     """Folder of the recordings; default <run.dir>/trace."""
 
@@ -630,6 +639,7 @@ def check(config: Config) -> None:
         _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
     _check_tensor_parallel(config)
     _check_engine(config)
+    _check_overlap(config)
     _check_placement(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
@@ -714,6 +724,25 @@ def _check_engine(config: Config) -> None:
             raise ConfigError(f"parallel.deepspeed.{path} = {section[last]}: follows from {source}; remove this key")
 
 
+def _check_overlap(config: Config) -> None:
+    """What the two halves of a micro-batch cannot go through in turn."""
+    refused = {
+        "parallel.fsdp": (config.parallel.fsdp, "FSDP would gather each layer's weights for each half by itself"),
+        "parallel.engine": (
+            config.parallel.engine == "deepspeed",
+            "DeepSpeed collects gradients from one stream, and here they come from two",
+        ),
+        "train.activation_checkpointing.mode": (
+            config.train.activation_checkpointing.mode == "full",
+            "a layer that is computed again in one piece communicates again, beside nothing; use selective or none",
+        ),
+    }
+    for key, (conflicts, reason) in refused.items():
+        _require(
+            not (config.parallel.overlap and conflicts), "parallel.overlap", True, f"not with this {key}: {reason}"
+        )
+
+
 def _check_placement(config: Config) -> None:
     """What needs experts, and what a search while the run goes on needs."""
     placement, rebalance = config.placement, config.placement.rebalance
@@ -784,6 +813,14 @@ def check_world(config: Config, world_size: int) -> None:
         "train.micro_batch",
         config.train.micro_batch,
         f"must divide a rank's share of a step: {share} sequences, with train.tokens_per_step = {tokens} and dp = {dp}",
+    )
+    sequences = config.micro_batch(dp)
+    _require(
+        not parallel.weaves or (sequences % parallel.tp == 0 and sequences >= 2 * parallel.tp),
+        "parallel.overlap",
+        True,
+        f"each tp rank needs two or more whole sequences of a micro-batch: with parallel.tp = {parallel.tp} "
+        f"train.micro_batch can be {2 * parallel.tp}, {3 * parallel.tp}, …, not {sequences}",
     )
 
 

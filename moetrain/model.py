@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any, cast
 
 import torch
@@ -30,15 +31,18 @@ from moetrain.parallel import (
     ExpertSlots,
     LocalDispatcher,
     Mesh,
+    Phases,
     Sharding,
+    complete,
     embed,
     gather_rows,
     gather_sequences,
     split_cross_entropy,
     sum_over_ranks,
     sum_to_pieces,
+    weave,
 )
-from moetrain.router import Router, RouterStats
+from moetrain.router import Router, RouterStats, RouterSums
 
 
 class Linear(nn.Module):
@@ -213,18 +217,18 @@ class MoE(nn.Module):
         self.shared = SharedExpert(model, dtype) if model.shared_dim else None
         self.recompute_experts = False
 
-    def forward(
-        self, x_BSD: Tensor, pieces: int, prior_load_E: Tensor | None, noise_seed: int | None
-    ) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BSD, pieces=pieces, prior_load_E=prior_load_E, noise_seed=noise_seed)
+    def phases(self, x_BSD: Tensor, pieces: int, noise_seed: int | None) -> Phases[tuple[Tensor, RouterSums]]:
+        """y [B, S, D], and what the router counted. Arguments as of :meth:`Router.forward`."""
+        routing, sums = self.router(x_BSD, pieces=pieces, noise_seed=noise_seed)
         if self.slots is not None:
             routing = routing.renumbered(self.slots.slot_E)
         dispatched = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        yield x_BSD, dispatched
         y_RD = _maybe_checkpoint(self.recompute_experts, self.experts, dispatched.x_RD, dispatched.routing)
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)
+        yield y_RD, shared_BSD
         y_BSD = self.dispatcher.combine(y_RD, dispatched).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
-        return y_BSD, stats
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, sums
 
 
 class Block(nn.Module):
@@ -232,6 +236,9 @@ class Block(nn.Module):
 
     x and its norms are of this rank's tokens, attention and a dense feed-forward network of all tokens of its share of
     the batch: gathered before, and their summands added up and scattered after.
+
+    In phases (parallel/overlap.py): those that communicate have the norms, the router and the sums too, which are short
+    and stand between two collectives.
     """
 
     def __init__(self, config: Config, layer: int, mesh: Mesh | None, slots: ExpertSlots | None, dtype: torch.dtype):
@@ -249,27 +256,35 @@ class Block(nn.Module):
             self.ffn = FeedForward(model.dim, inner, model.activation, dtype)
         self.recompute_attention = False
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask_B1SS: Tensor | None,
-        prior_load_E: Tensor | None,
-        noise_seed: int | None,
-    ) -> tuple[Tensor, RouterStats | None]:
-        x_BSD = _maybe_checkpoint(self.recompute_attention, self.attend, x_BSD, rotary, mask_B1SS)
-        h_BSD = self.ffn_norm(x_BSD)
+    def forward(self, *inputs: Any) -> tuple[Tensor, RouterSums | None]:
+        return complete(self.phases(*inputs))
+
+    def phases(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
+    ) -> Phases[tuple[Tensor, RouterSums | None]]:
         length = rotary[0].shape[0]
-        if not self.is_moe:
-            partial_BSD = self.ffn(gather_sequences(h_BSD, length, self.tp_group))
-            return x_BSD + sum_to_pieces(partial_BSD, self.tp_group), None
-        y_BSD, stats = self.ffn(h_BSD, length // h_BSD.shape[1], prior_load_E, noise_seed)
-        return x_BSD + y_BSD, stats
+        if self.recompute_attention:  # from this rank's tokens: those that are gathered are tp times as many
+            yield x_BSD
+            partial_BSD = _maybe_checkpoint(True, self.attend, x_BSD, rotary, mask_B1SS)
+        else:
+            h_BSD = gather_sequences(self.attention_norm(x_BSD), length, self.tp_group)
+            yield h_BSD
+            partial_BSD = self.attention(h_BSD, rotary, mask_B1SS)
+        yield partial_BSD
+        x_BSD = x_BSD + sum_to_pieces(partial_BSD, self.tp_group)
+        h_BSD = self.ffn_norm(x_BSD)
+        if self.is_moe:
+            y_BSD, sums = yield from cast(MoE, self.ffn).phases(h_BSD, length // h_BSD.shape[1], noise_seed)
+            return x_BSD + y_BSD, sums
+        h_BSD = gather_sequences(h_BSD, length, self.tp_group)
+        yield h_BSD
+        partial_BSD = self.ffn(h_BSD)
+        yield partial_BSD
+        return x_BSD + sum_to_pieces(partial_BSD, self.tp_group), None
 
     def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
         h_BSD = gather_sequences(self.attention_norm(x_BSD), rotary[0].shape[0], self.tp_group)
-        partial_BSD = self.attention(h_BSD, rotary, mask_B1SS)
-        return x_BSD + sum_to_pieces(partial_BSD, self.tp_group)
+        return self.attention(h_BSD, rotary, mask_B1SS)
 
 
 class Decoder(nn.Module):
@@ -314,6 +329,10 @@ class Decoder(nn.Module):
             on_gpu = self.embedding.device.type == "cuda"
             return torch.bfloat16 if on_gpu else torch.promote_types(self.embedding.dtype, torch.float32)
         return getattr(torch, name)
+
+    @property
+    def _weaves(self) -> bool:
+        return self.training and self.config.parallel.weaves
 
     @property
     def expert_backend(self) -> str:
@@ -412,22 +431,52 @@ class Decoder(nn.Module):
         """Hidden states [B, S, D] after the last norm, and the router statistics of the MoE layers in order.
 
         `tokens_BS` int64; `documents_BS` int: a token attends only to tokens of its own document. `prior_load_LE` and
-        `noise_seed` are described at :meth:`Router.forward`. The tp ranks of a share of the batch are all given all of
-        its tokens, and each returns hidden states and statistics of its own part of them.
+        `noise_seed` are described at :meth:`Router.stats` and :meth:`Router.forward`. The tp ranks of a share of the
+        batch are all given all of its tokens, and each returns hidden states and statistics of its own part of them.
         """
         rotary = self._rotary_tables(tokens_BS.shape[1])
         mask = None if documents_BS is None else document_mask(documents_BS)
         embedded_BSD = embed(tokens_BS, self.embedding, self.tp_group).to(self.compute_dtype)
         x_BSD = sum_to_pieces(embedded_BSD, self.tp_group)
-        all_stats: list[RouterStats] = []
+        if self._weaves:
+            x_BSD, sums_L = self._woven(x_BSD, rotary, mask, noise_seed)
+        else:
+            x_BSD, sums_L = complete(self.phases(x_BSD, rotary, mask, noise_seed))
+        prior_loads = [None] * len(sums_L) if prior_load_LE is None else prior_load_LE
+        stats = map(Router.stats, self.routers(), sums_L, prior_loads)
+        return self.norm(x_BSD), list(stats)
+
+    def phases(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
+    ) -> Phases[tuple[Tensor, list[RouterSums]]]:
+        """Those of all layers; where nothing is woven a single one, in which they are called."""
+        sums_L: list[RouterSums] = []
         for layer, block in enumerate(self.blocks):
-            index = len(all_stats)
-            prior_load_E = prior_load_LE[index] if prior_load_LE is not None and block.is_moe else None
             seed = None if noise_seed is None else derive_seed(noise_seed, layer)
-            x_BSD, stats = _maybe_checkpoint(self._recompute[layer], block, x_BSD, rotary, mask, prior_load_E, seed)
-            if stats is not None:
-                all_stats.append(stats)
-        return self.norm(x_BSD), all_stats
+            arguments = (x_BSD, rotary, mask_B1SS, seed)
+            if self._weaves:
+                x_BSD, sums = yield from cast(Block, block).phases(*arguments)
+            else:
+                x_BSD, sums = _maybe_checkpoint(self._recompute[layer], block, *arguments)
+            if sums is not None:
+                sums_L.append(sums)
+        return x_BSD, sums_L
+
+    def _woven(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
+    ) -> tuple[Tensor, list[RouterSums]]:
+        """Two halves of the share: the first of each tp rank's sequences, and the second, so that a rank has the tokens
+        that it always has. It needs whole sequences, two or more."""
+        tp = 1 if self.tp_group is None else self.tp_group.size()
+        masks: list[Tensor | None] = [None, None]
+        if mask_B1SS is not None:
+            masks = [half.flatten(0, 1) for half in mask_B1SS.unflatten(0, (tp, -1)).tensor_split(2, 1)]
+        halves = [
+            self.phases(x, rotary, mask, None if noise_seed is None else derive_seed(noise_seed, "half", place))
+            for place, (x, mask) in enumerate(zip(x_BSD.tensor_split(2), masks, strict=True))
+        ]
+        (first_BSD, first_L), (second_BSD, second_L) = weave(halves, x_BSD, x_BSD.device)
+        return torch.cat([first_BSD, second_BSD]), list(map(add, first_L, second_L))
 
     @property
     def head_weight(self) -> Tensor:

@@ -123,7 +123,7 @@ def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tupl
     Shards of dense parameters are 1 / dp, of a rank's experts 1 / edp.
 
     - torch: all that the rank computes with; the copies are the weights in the arithmetic's dtype, where that is
-      narrower, from forward to backward;
+      narrower, from forward to backward, with `overlap` for each half of a micro-batch;
     - FSDP: shards; the copies are gathered: embedding, norm and head, and in the arithmetic's dtype all layers, or
       with `reshard_after_forward` two (one computes, the next arrives), routers counted like the rest of their layers;
     - DeepSpeed: all weights in the arithmetic's dtype, and shards of Adam's moments; gradients are shards in stage 2;
@@ -142,7 +142,8 @@ def _state_bytes(config: Config, count: ParameterCount, world_size: int) -> tupl
         layers = min(2, model.n_layers) if parallel.reshard_after_forward else model.n_layers
         gathered = root * size + layers * (held - root) // model.n_layers * narrow
         return shard * size, shard * size, 2 * shard * size, gathered
-    return held * size, held * size, 2 * held * size, held * narrow if narrow < size else 0
+    copies = (2 if parallel.weaves else 1) if narrow < size else 0
+    return held * size, held * size, 2 * held * size, copies * held * narrow
 
 
 def compute_dtype(config: Config) -> str:
@@ -215,8 +216,7 @@ def dispatch_bytes(config: Config) -> float:
     """Expected bytes that all ranks' MoE layers send to other ranks in a step, where every token's K experts are any K.
 
     A row goes to each rank that holds one of them, with two int32 and the weight of each pair, and a sum comes back;
-    the gradients of sums, rows and weights take the same ways. A layer that is recomputed dispatches once more, and
-    combines once more if a shared expert follows.
+    the gradients of sums, rows and weights take the same ways. A layer that is recomputed dispatches once more.
     """
     model, ep, wire = config.model, config.parallel.ep, config.parallel.wire
     if ep == 1:
@@ -232,7 +232,7 @@ def dispatch_bytes(config: Config) -> float:
     for layer in filter(model.is_moe_layer, range(model.n_layers)):
         token += 2 * (out + home) + pairs * (8 + 2 * weight)
         if checkpointing.mode == "full" and layer % checkpointing.every == 0:
-            token += out + pairs * (8 + weight) + (home if model.shared_dim else 0)
+            token += out + pairs * (8 + weight)
     return token * config.train.tokens_per_step
 
 

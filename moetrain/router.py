@@ -7,7 +7,7 @@ experts a token, G groups, L MoE layers.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,35 @@ from moetrain.parallel.tensor import gather_rows
 
 
 @dataclass(frozen=True)
-class RouterStats:
-    """What one forward pass of one layer says about its routing (stacked over layers by the decoder).
+class RouterSums:
+    """What one layer's router counts of some tokens; those of a micro-batch are the sum of its parts'.
 
     Returned, never accumulated inside the module: an activation checkpoint runs the forward twice and must not count
     twice.
     """
+
+    tokens: int
+    load_E: Tensor
+    """int64 [E]: pairs of each expert by top-k, before a limit or rounding; no gradient."""
+    balance: Tensor
+    """With gradient, of the tokens: [E] probabilities; where `router.balance_scope` is sequence 0-D, the balance loss
+    of their sequences."""
+    z: Tensor
+    """0-D, with gradient: squared log-sum-exp of the tokens' scores."""
+    entropy: Tensor
+    """0-D, of the tokens' probabilities, in nats; no gradient."""
+    dropped: Tensor
+    """int64 0-D: pairs of top-k that the capacity limit or token rounding refused."""
+    added: Tensor
+    """int64 0-D: pairs beyond top-k that token rounding added."""
+
+    def __add__(self, other: RouterSums) -> RouterSums:
+        return RouterSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """What one forward pass of one layer says about its routing (stacked over layers by the decoder)."""
 
     load_E: Tensor
     """int64 [E]: pairs of each expert by top-k, before a limit or rounding, of this rank's tokens; no gradient."""
@@ -76,15 +99,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=param_dtype))
         self.register_buffer("bias", torch.zeros(num_experts))
 
-    def forward(
-        self, x_BSD: Tensor, *, pieces: int = 1, prior_load_E: Tensor | None = None, noise_seed: int | None = None
-    ) -> tuple[Routing, RouterStats]:
+    def forward(self, x_BSD: Tensor, *, pieces: int = 1, noise_seed: int | None = None) -> tuple[Routing, RouterSums]:
         """Route the B·S tokens.
 
         `pieces`: how many consecutive rows, over the x of all ranks of `sequence_group` in order, make a sequence.
-        `prior_load_E`: this rank's loads of the step's earlier micro-batches, which the global balance loss adds to its
-        own (arXiv 2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the last
-        the whole step. `noise_seed`: of the jitter in training.
+        `noise_seed`: of the jitter in training.
         """
         sequences, length, _ = x_BSD.shape
         logits_TE = self._logits(x_BSD.flatten(0, 1), noise_seed)
@@ -104,22 +123,39 @@ class Router(nn.Module):
 
         with torch.no_grad():
             # p·log p with 0·log 0 = 0.
-            entropy = -torch.special.xlogy(probabilities_TE, probabilities_TE).sum(-1).mean()
-        balance_loss = self._balance_loss(
-            experts_TK.unflatten(0, (sequences, length)),
-            probabilities_TE.unflatten(0, (sequences, length)),
-            pieces,
+            entropy = -torch.special.xlogy(probabilities_TE, probabilities_TE).sum()
+        if self.config.balance_scope == "sequence":
+            shape = (sequences, length)
+            losses_B = self._losses_of_sequences(
+                experts_TK.unflatten(0, shape), probabilities_TE.unflatten(0, shape), pieces
+            )
+            balance = losses_B.sum() * length
+        else:
+            balance = probabilities_TE.sum(0)
+        return routing, RouterSums(
+            sequences * length,
             load_E,
-            prior_load_E,
-        )
-        z_loss = logits_TE.logsumexp(-1).square().mean()  # ST-MoE, arXiv 2202.08906, eq. 5
-        return routing, RouterStats(
-            load_E,
-            balance_loss,
-            z_loss,
-            entropy,
+            balance,
+            z=logits_TE.logsumexp(-1).square().sum(),  # ST-MoE, arXiv 2202.08906, eq. 5
+            entropy=entropy,
             dropped=change_E.clamp_max(0).sum().neg(),
             added=change_E.clamp_min(0).sum(),
+        )
+
+    def stats(self, sums: RouterSums, prior_load_E: Tensor | None = None) -> RouterStats:
+        """The means and losses of a micro-batch.
+
+        `prior_load_E`: this rank's loads of the step's earlier micro-batches, which the global balance loss adds to its
+        own (arXiv 2501.11873, §3: a buffer over accumulation steps): the first micro-batch sees only itself, the last
+        the whole step.
+        """
+        return RouterStats(
+            sums.load_E,
+            self._balance_loss(sums, prior_load_E),
+            sums.z / sums.tokens,
+            sums.entropy / sums.tokens,
+            sums.dropped,
+            sums.added,
         )
 
     @torch.no_grad()
@@ -192,34 +228,31 @@ class Router(nn.Module):
         allowed_TG.scatter_(-1, group_scores_TG.topk(config.top_groups, dim=-1).indices, True)
         return choice_TGX.masked_fill(~allowed_TG[..., None], -torch.inf).flatten(-2)
 
-    def _balance_loss(
-        self,
-        experts_BSK: Tensor,
-        probabilities_BSE: Tensor,
-        pieces: int,
-        load_E: Tensor,
-        prior_load_E: Tensor | None,
-    ) -> Tensor:
+    def _balance_loss(self, sums: RouterSums, prior_load_E: Tensor | None) -> Tensor:
         """E · Σ_e f_e · P_e (Switch Transformer, arXiv 2101.03961, eq. 4, divided by K so that balance gives 1).
 
         f is the fraction of pairs that chose expert e, P its mean probability, both over the tokens of the scope; the
         mean of P over ranks and micro-batches, as over the pieces of a sequence, comes from the mean of their losses.
         """
         if self.config.balance_scope == "sequence":
-            chosen = experts_BSK.flatten(1)
-            loads_BE = probabilities_BSE.new_zeros(chosen.shape[0], self.num_experts)
-            loads_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=loads_BE.dtype))
-            if self.sequence_group is not None and pieces > 1:
-                loads_BE = _of_whole_sequences(loads_BE, pieces, self.sequence_group)
-            fractions_BE = loads_BE / (pieces * chosen.shape[1])
-            return self.num_experts * (fractions_BE * probabilities_BSE.mean(1)).sum(-1).mean()
-        load_E = load_E.to(probabilities_BSE.dtype)
+            return sums.balance / sums.tokens
+        load_E = sums.load_E.to(sums.balance.dtype)
         if self.config.balance_scope == "global":
             if prior_load_E is not None:
                 load_E = load_E + prior_load_E
             if self.balance_group is not None:
                 dist.all_reduce(load_E, group=self.balance_group)
-        return self.num_experts * (load_E / load_E.sum() * probabilities_BSE.mean((0, 1))).sum()
+        return self.num_experts * (load_E / load_E.sum() * sums.balance / sums.tokens).sum()
+
+    def _losses_of_sequences(self, experts_BSK: Tensor, probabilities_BSE: Tensor, pieces: int) -> Tensor:
+        """[B]: the balance loss with f of each sequence and P of each piece."""
+        chosen = experts_BSK.flatten(1)
+        loads_BE = probabilities_BSE.new_zeros(chosen.shape[0], self.num_experts)
+        loads_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=loads_BE.dtype))
+        if self.sequence_group is not None and pieces > 1:
+            loads_BE = _of_whole_sequences(loads_BE, pieces, self.sequence_group)
+        fractions_BE = loads_BE / (pieces * chosen.shape[1])
+        return self.num_experts * (fractions_BE * probabilities_BSE.mean(1)).sum(-1)
 
     def _weights_of_all(
         self, experts_TK: Tensor, weights_TK: Tensor, scores_TE: Tensor, probabilities_TE: Tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain.kernels import Routing
 from moetrain.placement.trace import Trace
-from moetrain.router import Router, RouterStats
+from moetrain.router import Router, RouterSums
 
 
 class TraceRecorder:
@@ -37,12 +37,12 @@ class TraceRecorder:
         self.rank = rank
         self._step = 0
         self._sampled_S: Tensor | None = None
-        self._ids: list[Tensor] = []
+        self._ids: dict[Router, Tensor] = {}
 
     @contextmanager
     def recording(self, step: int) -> Iterator[None]:
         """Record the forward pass that runs within, as one of this step. Does not wait for the device."""
-        self._step, self._sampled_S, self._ids = step, None, []
+        self._step, self._sampled_S, self._ids = step, None, {}
         hooks = [router.register_forward_hook(self._keep) for router in self.routers]
         try:
             yield
@@ -52,7 +52,7 @@ class TraceRecorder:
 
     def trace(self) -> Trace:
         """What was recorded last. Copies it to the host, and so waits for the device."""
-        ids_SLW = torch.stack(self._ids, 1).cpu().numpy()
+        ids_SLW = torch.stack([self._ids[router] for router in self.routers], 1).cpu().numpy()
         most = max(1, int((ids_SLW >= 0).sum(-1).max()))
         sampled = len(ids_SLW)
         return Trace(
@@ -63,14 +63,16 @@ class TraceRecorder:
             layers=tuple(self.layers),
         )
 
-    def _keep(self, router: Router, inputs: Any, output: tuple[Routing, RouterStats]) -> None:
+    def _keep(self, router: Router, inputs: Any, output: tuple[Routing, RouterSums]) -> None:
+        if router in self._ids:  # the second half of a micro-batch
+            return
         routing = output[0]
         if self._sampled_S is None:
             rng = np.random.default_rng((self.seed, self._step, self.rank))
             sampled_S = np.sort(rng.permutation(routing.num_tokens)[: self.tokens])
             self._sampled_S = torch.from_numpy(sampled_S).to(routing.token_offsets.device, non_blocking=True)
         room = router.num_experts if router.config.rounding != "none" else router.config.top_k
-        self._ids.append(_experts_of(routing, self._sampled_S, room))
+        self._ids[router] = _experts_of(routing, self._sampled_S, room)
 
 
 @torch.no_grad()

@@ -565,7 +565,8 @@ def _rounding_warning(config: Config, dp: int, tile: int) -> str | None:
     """What to do where token rounding moves much of an expert's load: with fewer than two tiles of tokens an expert."""
     seq_len, experts = config.data.seq_len, config.model.num_experts
     micro_batch = config.micro_batch(dp)
-    pairs = seq_len // config.parallel.tp * config.router.top_k  # of a sequence, on one rank
+    parts = config.parallel.tp * (2 if config.parallel.weaves else 1)  # of a micro-batch, each rounded by itself
+    pairs = seq_len * config.router.top_k // parts  # for each sequence of the micro-batch
     if config.router.rounding == "none" or micro_batch * pairs >= 2 * tile * experts:
         return None
     needed = -(-2 * tile * experts // pairs)

@@ -1,4 +1,4 @@
-"""Device mesh, token dispatch, tensor parallelism and gradient reduction."""
+"""Device mesh, token dispatch, tensor parallelism, overlap and gradient reduction."""
 
 from moetrain.parallel.agreement import any_rank, first_on_each_node, on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.dispatch import (
@@ -10,6 +10,7 @@ from moetrain.parallel.dispatch import (
 )
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
+from moetrain.parallel.overlap import Phases, complete, weave
 from moetrain.parallel.sharding import ExpertSlots, Sharding
 from moetrain.parallel.tensor import (
     embed,
@@ -28,9 +29,11 @@ __all__ = [
     "LocalDispatcher",
     "Mesh",
     "PairDispatcher",
+    "Phases",
     "Sharding",
     "any_rank",
     "clip_gradients",
+    "complete",
     "create_mesh",
     "destroy_mesh",
     "embed",
@@ -46,4 +49,5 @@ __all__ = [
     "split_cross_entropy",
     "sum_over_ranks",
     "sum_to_pieces",
+    "weave",
 ]

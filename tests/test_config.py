@@ -75,6 +75,25 @@ BAD_OVERRIDES = [
             (["parallel.deepspeed.bf16.enabled=true"], "parallel.deepspeed.bf16 = {'enabled': True}: follows from"),
         )
     ),
+    *(
+        (["parallel.overlap=true", "parallel.ep=2", *overrides], f"parallel.overlap = True: {named}")
+        for overrides, named in (
+            (["parallel.fsdp=true"], "not with this parallel.fsdp: FSDP would gather"),
+            (["parallel.engine=deepspeed"], "not with this parallel.engine: DeepSpeed collects"),
+            (
+                ["train.activation_checkpointing.mode=full"],
+                "not with this train.activation_checkpointing.mode: a layer",
+            ),
+            (
+                ["--nproc", "2", "train.micro_batch=1"],
+                "each tp rank needs two or more whole sequences of a micro-batch",
+            ),
+        )
+    ),
+    (
+        ["parallel.overlap=true", "parallel.tp=2", "--nproc", "2", "train.micro_batch=2"],
+        "with parallel.tp = 2 train.micro_batch can be 4, 6, …, not 2",
+    ),
     (["model.n_kv_heads=3"], "model.n_kv_heads"),
     (["model.head_dim=31"], "model.head_dim"),
     (["model.num_experts=-8"], "model.num_experts"),

@@ -234,6 +234,14 @@ def test_memory_of_a_rank_by_engine() -> None:
     assert plan("bfloat16", engine="deepspeed") == (2 * held, 4 * shard, 8 * shard, 4 * shard)
 
 
+def test_each_half_of_a_micro_batch_has_its_copies_of_the_weights() -> None:
+    def copies(overlap: bool) -> int:
+        train = replace(TINY.train, dtype="bfloat16", micro_batch=2, tokens_per_step=4 * TINY.data.seq_len)
+        return make_plan(replace(TINY, train=train, parallel=ParallelConfig(ep=2, overlap=overlap)), 2).copy_bytes
+
+    assert copies(True) == 2 * copies(False) > 0
+
+
 def kept_bytes(config: Config, mesh: Mesh | None = None) -> int:
     """Bytes of the distinct storages that autograd keeps for one micro-batch, weights excluded."""
     model = Decoder(config, mesh)

@@ -13,7 +13,7 @@ from moetrain.config import RouterConfig, from_dict
 from moetrain.errors import ConfigError
 from moetrain.kernels import Routing
 from moetrain.kernels.rounding import Rounding, round_tokens
-from moetrain.router import Router, RoutingTotals
+from moetrain.router import Router, RouterStats, RoutingTotals
 
 TOKENS, DIM, EXPERTS = 24, 16, 8
 
@@ -23,6 +23,13 @@ def make_router(tile: int = 128, **settings: Any) -> Router:
     with torch.no_grad():
         router.weight.normal_(generator=torch.Generator().manual_seed(0))
     return router
+
+
+def route(
+    router: Router, x: Tensor, prior_load_E: Tensor | None = None, **settings: Any
+) -> tuple[Routing, RouterStats]:
+    routing, sums = router(x, **settings)
+    return routing, router.stats(sums, prior_load_E)
 
 
 def make_input(seed: int = 1, sequences: int = 3) -> Tensor:
@@ -109,7 +116,7 @@ def test_bias_balances_a_skewed_router() -> None:
 @pytest.mark.parametrize("scope", ["sequence", "rank", "global"])
 def test_balance_loss_is_the_formula(scope: str) -> None:
     router, x = make_router(top_k=2, balance_scope=scope), make_input()
-    _, stats = router(x)
+    _, stats = route(router, x)
     probabilities = (x @ router.weight.T).softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_(2, probabilities.topk(2).indices, 1.0)
     fractions, means = chosen / 2, probabilities
@@ -126,7 +133,7 @@ def test_balance_loss_is_the_formula(scope: str) -> None:
 def test_global_balance_loss_counts_earlier_micro_batches() -> None:
     router, x = make_router(top_k=2, balance_scope="global"), make_input()
     prior = torch.tensor([100, 0, 0, 0, 0, 0, 0, 0])
-    _, stats = router(x, prior_load_E=prior)
+    _, stats = route(router, x, prior)
     probabilities = (x @ router.weight.T).softmax(-1)
     load = stats.load_E + prior
     torch.testing.assert_close(stats.balance_loss, EXPERTS * (load / load.sum() * probabilities.mean((0, 1))).sum())
@@ -136,7 +143,7 @@ def test_perfect_balance_has_loss_one() -> None:
     router, x = make_router(top_k=2, force_balance=True), make_input()
     with torch.no_grad():
         router.weight.zero_()
-    _, stats = router(x)
+    _, stats = route(router, x)
     assert float(stats.balance_loss.detach()) == pytest.approx(1.0)
     assert stats.load_E.tolist() == [TOKENS * 2 // EXPERTS] * EXPERTS
 
@@ -145,7 +152,7 @@ def test_perfect_balance_has_loss_one() -> None:
 def test_capacity_refuses_what_the_policy_says(policy: str) -> None:
     router, x = make_router(top_k=2, capacity_factor=0.5, drop_policy=policy), make_input()
     capacity = 3  # 0.5 · 24 · 2 / 8
-    routing, stats = router.train()(x)
+    routing, stats = route(router.train(), x)
     router.config = dataclasses.replace(router.config, capacity_factor=None)
     full = dense_weights(router(x)[0])
     kept = dense_weights(routing)
@@ -160,8 +167,8 @@ def test_capacity_refuses_what_the_policy_says(policy: str) -> None:
 @pytest.mark.parametrize("rounding", get_args(Rounding))
 def test_rounding_fills_tiles_and_is_counted(rounding: str) -> None:
     router, x = make_router(top_k=3, rounding=rounding, tile=4).train(), make_input()
-    routing, stats = router(x)
-    plain, plain_stats = make_router(top_k=3)(x)
+    routing, stats = route(router, x)
+    plain, plain_stats = route(make_router(top_k=3), x)
     before, after = dense_weights(plain) > 0, dense_weights(routing) > 0
     assert bool((after.sum(0) % 4 == 0).all())
     assert stats.load_E.tolist() == plain_stats.load_E.tolist() == before.sum(0).tolist()
@@ -216,7 +223,7 @@ def test_added_pairs_teach_the_router(settings: dict[str, Any]) -> None:
 
 def test_rounding_stays_within_the_groups_of_a_token() -> None:
     router, x = make_router(top_k=2, groups=4, top_groups=2, rounding="up", tile=8).train(), make_input()
-    routing, stats = router(x)
+    routing, stats = route(router, x)
     scores = (x.flatten(0, 1) @ router.weight.T).softmax(-1)
     groups = scores.view(TOKENS, 4, 2).amax(-1).topk(2).indices
     allowed = torch.zeros(TOKENS, 4, dtype=torch.bool).scatter_(1, groups, True).repeat_interleave(2, 1)
@@ -226,7 +233,7 @@ def test_rounding_stays_within_the_groups_of_a_token() -> None:
 
 def test_evaluation_does_not_round() -> None:
     router, x = make_router(top_k=2, rounding="down", tile=8).eval(), make_input()
-    routing, stats = router(x)
+    routing, stats = route(router, x)
     torch.testing.assert_close(dense_weights(routing), dense_weights(make_router(top_k=2)(x)[0]))
     assert int(stats.dropped) == int(stats.added) == 0
 
@@ -239,7 +246,7 @@ def test_rounding_and_a_capacity_limit_exclude_each_other() -> None:
 
 def test_evaluation_drops_nothing_and_adds_no_noise() -> None:
     router, x = make_router(top_k=2, capacity_factor=0.5, jitter=0.5).eval(), make_input()
-    routing, stats = router(x, noise_seed=1)
+    routing, stats = route(router, x, noise_seed=1)
     plain, _ = make_router(top_k=2)(x)
     assert int(stats.dropped) == 0
     torch.testing.assert_close(dense_weights(routing), dense_weights(plain))
@@ -255,7 +262,7 @@ def test_jitter_is_reproducible_and_differs_between_seeds() -> None:
 def test_router_is_float32_under_bfloat16_activations() -> None:
     router = Router(DIM, EXPERTS, RouterConfig(top_k=2))
     torch.nn.init.normal_(router.weight)
-    routing, stats = router(make_input().bfloat16())
+    routing, stats = route(router, make_input().bfloat16())
     assert routing.weights_N.dtype == stats.z_loss.dtype == torch.float32
 
 
@@ -271,7 +278,7 @@ def test_the_host_never_waits_for_the_gpu(settings: dict[str, Any]) -> None:
     x = torch.randn(2, 1024, 256, device="cuda").bfloat16().requires_grad_()
 
     def step() -> Tensor:
-        routing, stats = router(x)
+        routing, stats = route(router, x)
         (routing.weights_N.square().sum() + stats.balance_loss + stats.z_loss).backward()
         return routing.weights_N
 
@@ -292,7 +299,7 @@ def test_router_on_the_gpu_has_float32_quality(weight_dtype: torch.dtype) -> Non
     torch.nn.init.normal_(router.weight, std=0.05)
     x = torch.randn(1, 4096, 512, device="cuda").bfloat16().requires_grad_()
     factors = torch.randn(4096, 64, device="cuda", dtype=torch.float64)
-    routing, stats = router(x)
+    routing, stats = route(router, x)
     experts = torch.arange(64, device="cuda").repeat_interleave(routing.counts_E.long())
     pairs = (routing.token_ids_N.long(), experts)
     ((routing.weights_N * factors[pairs]).sum() + stats.z_loss).backward()
@@ -319,7 +326,7 @@ def test_router_on_the_gpu_has_float32_quality(weight_dtype: torch.dtype) -> Non
 def test_totals_add_up_over_micro_batches() -> None:
     router = make_router(top_k=2)
     totals = RoutingTotals(1, EXPERTS, torch.device("cpu"))
-    stats = [router(make_input(seed))[1] for seed in (1, 2)]
+    stats = [route(router, make_input(seed))[1] for seed in (1, 2)]
     for one in stats:
         totals.add([one])
     assert totals.forwards == 2

@@ -1,9 +1,9 @@
 """One table: training on every topology against training on one rank, over five steps with clipping.
 
 In the mock world, in float64 so that neither a wrong scale nor a lost token can hide behind rounding: every world, tp,
-ep and engine. Over them go accumulation, activation checkpointing and model: each row has those that bring the most
-pairs of values (of any two columns) which no row before it has, and further rows follow until every pair is there that
-can be.
+ep and engine. Over them go accumulation, activation checkpointing, model and overlap: each row has those that bring the
+most pairs of values (of any two columns) which no row before it has, and further rows follow until every pair is there
+that can be.
 
 In two processes, over gloo in float32, and over NCCL in float32 and bf16: DeepSpeed too. What the config refuses stands
 there with the reason. How far rounding may part two runs in bf16 is measured, by runs on one GPU that add the same sums
@@ -53,6 +53,7 @@ class Row(NamedTuple):
     accumulate: int
     checkpointing: str
     model: str
+    overlap: str = "off"
 
     def __str__(self) -> str:
         return "-".join(map(str, self)).replace(", ", "-")
@@ -78,6 +79,7 @@ class Row(NamedTuple):
             f"train.micro_batch={SEQUENCES // (self.dp * self.accumulate)}",
             f"train.activation_checkpointing.mode={self.checkpointing}",
             f"router.balance_scope={self.balance_scope}",
+            f"parallel.overlap={self.overlap}",
             *ENGINES[self.engine],
             *overrides,
         )
@@ -118,7 +120,7 @@ def covering(choices: Iterable[list[Row]]) -> list[Row]:
     rows = []
 
     def take(some: Iterable[Row]) -> None:
-        row = max(some, key=lambda row: (len(missing & pairs(row)), -taken[row[4:]]))
+        row = max(some, key=lambda row: (len(missing & pairs(row)), row.overlap == "off", -taken[row[4:]]))
         missing.difference_update(pairs(row))
         taken[row[4:]] += 1
         rows.append(row)
@@ -143,15 +145,21 @@ def mock_rows() -> list[Row]:
         # Weights that no other rank has are never freed.
         if engine != "fsdp, kept" or min(tp, ep) < world
     ]
-    settings = list(itertools.product((1, 2), CHECKPOINTING, MODELS))
-    return covering(
-        [Row(*topology, *setting) for setting in settings if fits(setting[-1], topology[1])] for topology in topologies
-    )
+    settings = list(itertools.product((1, 2), CHECKPOINTING, MODELS, ("off", "on")))
+    choices = [[Row(*topology, *setting) for setting in settings] for topology in topologies]
+    return covering([row for row in rows if fits(row.model, row.tp) and can_overlap(row)] for rows in choices)
 
 
 @functools.cache
 def fits(model: str, tp: int) -> bool:
     return Row(tp, tp, 1, "replicated", 1, "none", model).refusal() is None
+
+
+def can_overlap(row: Row) -> bool:
+    """Or has it off; one rank alone would split nothing."""
+    micro_batch = SEQUENCES // (row.dp * row.accumulate)
+    allowed = row.engine == "replicated" and row.checkpointing != "full" and micro_batch >= 2 * row.tp
+    return row.overlap == "off" or (allowed and max(row.tp, row.ep) > 1)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +198,10 @@ ROWS_OF_TWO = [
     for (engine, tp, ep), checkpointing in zip(
         itertools.product(("replicated", "fsdp", "zero-1", "zero-2"), (1, 2), (1, 2)), itertools.cycle(CHECKPOINTING)
     )
+]
+ROWS_OF_TWO += [
+    Row(2, tp, ep, "replicated", 4, checkpointing, "qwen", "on")
+    for tp, ep, checkpointing in ((1, 2, "none"), (2, 1, "selective"), (2, 2, "none"))
 ]
 DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
 
