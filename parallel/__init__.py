@@ -1,6 +1,12 @@
-"""Device mesh, token dispatch, tensor parallelism and gradient reduction."""
+"""Device mesh, token dispatch, tensor parallelism, fused norms and gradient reduction."""
 
 from moetrain.parallel.agreement import any_rank, first_on_each_node, on_all_ranks, on_rank_0, raise_together
+from moetrain.parallel.allreduce_rmsnorm import (
+    add_rmsnorm_all_gather,
+    fused_allreduce_rmsnorm,
+    reduce_scatter_add_rmsnorm,
+    symmetric_empty,
+)
 from moetrain.parallel.dispatch import (
     AllToAllDispatcher,
     Dispatched,
@@ -11,6 +17,7 @@ from moetrain.parallel.dispatch import (
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
 from moetrain.parallel.sharding import Sharding
+from moetrain.parallel.symmetric import check_symmetric
 from moetrain.parallel.tensor import (
     embed,
     gather_rows,
@@ -28,13 +35,16 @@ __all__ = [
     "Mesh",
     "PairDispatcher",
     "Sharding",
+    "add_rmsnorm_all_gather",
     "any_rank",
+    "check_symmetric",
     "clip_gradients",
     "create_mesh",
     "destroy_mesh",
     "embed",
     "environment_world_size",
     "first_on_each_node",
+    "fused_allreduce_rmsnorm",
     "gather_rows",
     "gather_sequences",
     "gradient_norm",
@@ -42,7 +52,9 @@ __all__ = [
     "on_rank_0",
     "raise_together",
     "reduce_gradients",
+    "reduce_scatter_add_rmsnorm",
     "split_cross_entropy",
     "sum_over_ranks",
     "sum_to_pieces",
+    "symmetric_empty",
 ]
