@@ -66,7 +66,7 @@ class Workspace:
         self.device = device
         self.max_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._group = weakref.ref(group)
-        self._slots: list[SymmetricBuffer | None] = [None, None]
+        self._slots: Sequence[SymmetricBuffer | None] = (None, None)
         self._turn = 0
         self._shard: SymmetricBuffer | None = None
         self._retired: list[SymmetricBuffer] = []
@@ -80,7 +80,10 @@ class Workspace:
 
     def take_slot(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the slot whose turn it is, [*shape]. It is taken again at the second call after this."""
-        slot = self._slots[self._turn] = self._grown(self._slots[self._turn], math.prod(shape) * dtype.itemsize)
+        size = math.prod(shape) * dtype.itemsize
+        # All at once, for a CUDA graph may begin with any.
+        self._slots = slots = [self._grown(slot, size) for slot in self._slots]
+        slot = slots[self._turn]
         self._turn = (self._turn + 1) % len(self._slots)
         return slot.views(dtype)[0][: math.prod(shape)].view(*shape)
 

@@ -485,8 +485,10 @@ def stop_one_rank(case: str, seconds: float = 1.0) -> None:
     space.meeting = replace(space.meeting, timeout_ms=round(1e3 * seconds))
     x, residual, weight = (torch.ones(shape, device="cuda") for shape in ((64, 256), (32, 256), (256,)))
     fused_allreduce_rmsnorm(x, residual, weight, EPS, group, blocks=8)
+    reduce_scatter_add_rmsnorm(x, residual, weight, EPS, group)
     torch.cuda.synchronize()
     check_symmetric()
+    mesh.host_group.barrier().wait()
     start = time.monotonic()
     if case == "leaves in the middle":  # the blocks from 4 on never come
         fused_allreduce_rmsnorm(x, residual, weight, EPS, group, blocks=4 if mesh.rank else 8)
