@@ -353,6 +353,7 @@ def test_buffers_and_gradients_of_the_fused_path(monkeypatch: pytest.MonkeyPatch
             function = fused_allreduce_rmsnorm if form == "all" else reduce_scatter_add_rmsnorm
             results.append([*function(x_TD, residual, problems[0].weight, EPS, mesh.tp_group)])
             assert space._turn == turn  # nothing was copied
+            assert space.take_slot(x.shape, x.dtype).data_ptr() != x_TD.data_ptr()
         return results
 
     for rank, results in enumerate(MockWorld(3).run(work)):
