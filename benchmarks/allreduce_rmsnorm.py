@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,8 @@ COLD_BYTES = 128 << 20
 """Of inputs that take turns: more than twice the L2 cache."""
 MIN_CALLS = 4
 """In a graph, so that how far apart ranks begin is divided by them."""
-MINUTES = 1.0
-"""That a rank waits for another."""
+TIMEOUT_SECONDS = 20
+"""That a kernel waits for another rank's."""
 
 Call = Callable[[int], object]
 """Given the number of the inputs to use."""
@@ -88,10 +88,11 @@ def allreduce_rmsnorm_command(options: Options) -> int:
         raise ConfigError(
             "bench allreduce-rmsnorm: needs several ranks; start it with torchrun --nproc-per-node 2 -m …"
         )
-    mesh = create_mesh(tp=environment_world_size(), timeout_minutes=MINUTES)
+    mesh = create_mesh(tp=environment_world_size(), timeout_minutes=1.0)
     space = workspace(mesh.tp_group, mesh.device)
     if not isinstance(space, Workspace):
         raise ConfigError(f"bench allreduce-rmsnorm: {space}")
+    space.meeting = replace(space.meeting, timeout_ms=1000 * TIMEOUT_SECONDS)
     with redirect_stdout(sys.stdout if mesh.rank == 0 else io.StringIO()):
         _bench(mesh, space, shapes, options)
     destroy_mesh()

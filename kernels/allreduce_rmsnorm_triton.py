@@ -246,11 +246,11 @@ def _forward_kernel(
     column_D = tl.arange(0, BLOCK_D)
     exists_D = column_D < D
     first, rows = _owned(rank, total_rows, WORLD)
+    weight_D = tl.load(weight + column_D, mask=exists_D, other=0.0).to(tl.float32)
     if MEET:
         code: tl.constexpr = _ERROR + REDUCE * _REDUCE + GATHER * _GATHER
         met = tl.load(state + 1 + tl.program_id(0))
         _meet(flags, state, error, timeout_ms, rank, met + 1, code, WORLD)
-    weight_D = tl.load(weight + column_D, mask=exists_D, other=0.0).to(tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0), num_stages=STAGES):
         row_R, own_RD, exists_RD = _places(tile, rows, column_D, exists_D, D, BLOCK_R)
         whole_RD = own_RD + first.to(tl.int64) * D
@@ -308,11 +308,11 @@ def _backward_kernel(
     column_D = tl.arange(0, BLOCK_D)
     exists_D = column_D < D
     first, rows = _owned(rank, total_rows, WORLD)
+    weight_D = tl.load(weight + column_D, mask=exists_D, other=0.0).to(tl.float32)
     if MEET:
         code: tl.constexpr = _ERROR + _BACKWARD + REDUCE * _REDUCE + GATHER * _GATHER
         met = tl.load(state + 1 + tl.program_id(0))
         _meet(flags, state, error, timeout_ms, rank, met + 1, code, WORLD)
-    weight_D = tl.load(weight + column_D, mask=exists_D, other=0.0).to(tl.float32)
     dweight_D = tl.zeros((BLOCK_D,), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0), num_stages=STAGES):
         row_R, own_RD, exists_RD = _places(tile, rows, column_D, exists_D, D, BLOCK_R)

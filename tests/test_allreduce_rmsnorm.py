@@ -364,6 +364,99 @@ def test_buffers_and_gradients_of_the_fused_path(monkeypatch: pytest.MonkeyPatch
                 assert error(actual, expected) <= 1e-6
 
 
+# One GPU, whose streams are the ranks ---------------------------------------------------------------------------------
+
+
+def late(generator: torch.Generator) -> None:
+    """Up to some 50 µs, by this rank's own dice."""
+    torch.cuda._sleep(int(torch.randint(100_000, (1,), generator=generator)))
+
+
+class Streams:
+    """Ranks that meet in the memory of one GPU."""
+
+    def __init__(self, problem: Problem, timeout_ms: int) -> None:
+        self.problem, self.world = problem, problem.world
+        self.streams = [torch.cuda.Stream() for _ in range(self.world)]
+        flags = [torch.zeros(16, self.world, dtype=torch.int32, device="cuda") for _ in range(self.world)]
+        self.meetings = [
+            kernels.Meeting(
+                following(flags, rank),
+                torch.zeros(17, dtype=torch.int32, device="cuda"),
+                torch.zeros(1, dtype=torch.int32, pin_memory=True),
+                timeout_ms,
+            )
+            for rank in range(self.world)
+        ]
+        self.tensors = [[t.cuda() for t in problem.of_rank(rank)] for rank in range(self.world)]
+        self.weight = problem.weight.cuda()
+        share = -(-problem.rows // self.world)
+        self.shards = [torch.zeros(share, problem.width, dtype=problem.dtype, device="cuda") for _ in self.streams]
+        torch.cuda.synchronize()
+
+    def forward(self, rank: int, blocks: int, meeting: kernels.Meeting | None) -> tuple[Tensor, ...]:
+        xs = following([tensors[0] for tensors in self.tensors], rank)
+        shards, residual, rows = following(self.shards, rank), self.tensors[rank][1], self.problem.rows
+        with torch.cuda.stream(self.streams[rank]):
+            return kernels.forward(xs, shards, residual, self.weight, EPS, rows, rank, blocks, meeting)
+
+    def backward(
+        self, rank: int, saved: Sequence[Tensor], blocks: int, meeting: kernels.Meeting | None
+    ) -> tuple[Tensor, ...]:
+        dys = following([tensors[2] for tensors in self.tensors], rank)
+        shards, dresidual, rows = following(self.shards, rank), self.tensors[rank][3], self.problem.rows
+        with torch.cuda.stream(self.streams[rank]):
+            return kernels.backward(dys, shards, dresidual, *saved, self.weight, rows, rank, blocks, meeting)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("world", "rows", "width"), [(2, 130, 4096), (3, 63, 256), (4, 129, 1000)])
+def test_streams_of_one_gpu_as_ranks(world: int, rows: int, width: int) -> None:
+    """Right, and the same bits at every call of as many blocks, with delays of each rank's own."""
+    problem = Problem("all", world, rows, width, torch.bfloat16)
+    ranks = Streams(problem, timeout_ms=20_000)
+    dice = [torch.Generator().manual_seed(rank) for rank in range(world)]
+    first: dict[int, list[list[Tensor]]] = {}
+    # Making memory or loading a kernel may wait for kernels that run: rehearsed without meetings.
+    for call in range(-4, 60):
+        meetings = ranks.meetings if call >= 0 else [None] * world
+        for rank, stream in enumerate(ranks.streams):
+            with torch.cuda.stream(stream):
+                late(dice[rank])
+        forward = [ranks.forward(rank, (4, 16)[call % 2], meetings[rank]) for rank in range(world)]
+        backward = [ranks.backward(rank, forward[rank][1:], (16, 5)[call % 2], meetings[rank]) for rank in range(world)]
+        torch.cuda.synchronize()
+        results = [[y, h, *gradients] for (y, h, _), gradients in zip(forward, backward, strict=True)]
+        assert [int(meeting.error[0]) for meeting in ranks.meetings] == [0] * world
+        if call < 2:
+            first[call % 2] = results
+        for rank in range(world if call >= 0 else 0):
+            if call < 2:
+                problem.compare(rank, results[rank], 5e-3)
+            same = [torch.equal(one, other) for one, other in zip(results[rank], first[call % 2][rank], strict=True)]
+            assert all(same), (call, rank, same)
+
+
+@pytest.mark.gpu
+def test_a_wait_in_vain_ends_with_a_word() -> None:
+    ranks = Streams(Problem("all", 3, 64, 512, torch.bfloat16), timeout_ms=500)
+    for rank in range(3):
+        ranks.forward(rank, 8, None)
+    torch.cuda.synchronize()
+    for together in (True, False):
+        start = time.monotonic()
+        for rank in (0, 1, 2) if together else (1, 0):
+            for _ in range(3):
+                ranks.forward(rank, 8, ranks.meetings[rank])
+        torch.cuda.synchronize()
+    assert 0.5 <= time.monotonic() - start < 2
+    for rank, position in ((0, 2), (1, 2)):
+        kernel, meeting, peer, block = kernels.describe_error(int(ranks.meetings[rank].error[0]))
+        assert (kernel, meeting, peer) == ("fused_allreduce_rmsnorm forward", "start", position)
+        assert block < 8
+    assert int(ranks.meetings[2].error[0]) == 0
+
+
 # Two GPUs -------------------------------------------------------------------------------------------------------------
 
 
@@ -390,11 +483,6 @@ def compare_on_gpus() -> None:
         composed = problem.run(mesh.rank, mesh.tp_group, "cuda", backend="collectives")
         problem.compare(mesh.rank, composed, 1e-6 if dtype == torch.float32 else 8e-3)  # NCCL's sums are rounded
     check_symmetric()
-
-
-def late(generator: torch.Generator) -> None:
-    """Up to some 50 µs, by this rank's own dice."""
-    torch.cuda._sleep(int(torch.randint(100_000, (1,), generator=generator)))
 
 
 @pytest.mark.gpu2
