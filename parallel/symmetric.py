@@ -70,10 +70,13 @@ class Workspace:
         self._turn = 0
         self._shard: SymmetricBuffer | None = None
         self._retired: list[SymmetricBuffer] = []
+        state = torch.zeros(
+            1 + self.max_blocks, dtype=torch.int32, device=device
+        )  # before a buffer, which waits for it
         self._flags = SymmetricBuffer(self.max_blocks * self.world * 4, group, device)
         self.meeting = Meeting(
             flags=self._flags.views(torch.int32),
-            state=torch.zeros(1 + self.max_blocks, dtype=torch.int32, device=device),
+            state=state,
             error=torch.zeros(1, dtype=torch.int32, pin_memory=True),
             timeout_ms=_timeout_ms(group, device),
         )

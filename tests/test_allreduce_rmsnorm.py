@@ -321,7 +321,7 @@ def test_buffers_and_gradients_of_the_fused_path(monkeypatch: pytest.MonkeyPatch
             space.rank, space.world, space.max_blocks, space.device = group.rank(), group.size(), 4, device
             space.meeting = kernels.Meeting((), torch.zeros(5), torch.zeros(1, dtype=torch.int32), 0)
             space._slots, space._turn, space._shard, space._retired = [None, None], 0, None, []
-            space._group = lambda: group
+            space._group, space.group_ranks = lambda: group, [4, 5, 6]
             spaces[group.rank()] = space
         return spaces[group.rank()]
 
@@ -362,6 +362,9 @@ def test_buffers_and_gradients_of_the_fused_path(monkeypatch: pytest.MonkeyPatch
         for result in results[len(problems) :]:
             for actual, expected in zip(result, problems[0].expected(rank), strict=False):
                 assert error(actual, expected) <= 1e-6
+    spaces[1].meeting.error[0] = 1 << 30 | 1 << 28 | 2 << 16 | 7
+    with pytest.raises(dist.DistError, match=r"rank 5: reduce_scatter_add_rmsnorm forward .* for rank 6 \(block 7\)"):
+        spaces[1].check()
 
 
 # One GPU, whose streams are the ranks ---------------------------------------------------------------------------------
