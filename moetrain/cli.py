@@ -392,6 +392,24 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(placement)
     placement.set_defaults(handler=_bench_placement)
 
+    fused = _add_command(
+        commands,
+        "allreduce-rmsnorm",
+        "the fused all-reduce, residual add and norm, on several GPUs",
+        "Time the fused all-reduce, residual add and RMSNorm by number of blocks, forward and backward, beside NCCL,\n"
+        "torch's two-shot all-reduce and copies that the links cannot beat. Starts under torchrun.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench allreduce-rmsnorm --json fused.json\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench allreduce-rmsnorm --shapes 8192,4096 --blocks 16 132\n",
+    )
+    fused.add_argument("--shapes", nargs="+", metavar="T,D", help="rows and widths")
+    fused.add_argument("--blocks", nargs="+", type=positive, metavar="N", help="of the fused kernels")
+    fused.add_argument(
+        "--rounds", type=positive, default=11, metavar="N", help="replays to time (default: %(default)s)"
+    )
+    _add_bench_output(fused)
+    fused.set_defaults(handler=_bench_allreduce_rmsnorm)
+
 
 def _add_bench_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="also write the results to this file, as they come")
@@ -478,6 +496,12 @@ def _bench_placement(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.placement import Options, placement_command
 
     return placement_command(Options(**_fields(arguments)))
+
+
+def _bench_allreduce_rmsnorm(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.allreduce_rmsnorm import Options, allreduce_rmsnorm_command
+
+    return allreduce_rmsnorm_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,12 @@
-"""Device mesh, token dispatch, tensor parallelism, overlap and gradient reduction."""
+"""Device mesh, token dispatch, tensor parallelism, overlap, fused norms and gradient reduction."""
 
 from moetrain.parallel.agreement import any_rank, first_on_each_node, on_all_ranks, on_rank_0, raise_together
+from moetrain.parallel.allreduce_rmsnorm import (
+    add_rmsnorm_all_gather,
+    fused_allreduce_rmsnorm,
+    reduce_scatter_add_rmsnorm,
+    symmetric_empty,
+)
 from moetrain.parallel.dispatch import (
     AllToAllDispatcher,
     Dispatched,
@@ -12,6 +18,7 @@ from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gr
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
 from moetrain.parallel.overlap import Phases, complete, weave
 from moetrain.parallel.sharding import ExpertSlots, Sharding
+from moetrain.parallel.symmetric import check_symmetric
 from moetrain.parallel.tensor import (
     embed,
     gather_rows,
@@ -31,7 +38,9 @@ __all__ = [
     "PairDispatcher",
     "Phases",
     "Sharding",
+    "add_rmsnorm_all_gather",
     "any_rank",
+    "check_symmetric",
     "clip_gradients",
     "complete",
     "create_mesh",
@@ -39,6 +48,7 @@ __all__ = [
     "embed",
     "environment_world_size",
     "first_on_each_node",
+    "fused_allreduce_rmsnorm",
     "gather_rows",
     "gather_sequences",
     "gradient_norm",
@@ -46,8 +56,10 @@ __all__ = [
     "on_rank_0",
     "raise_together",
     "reduce_gradients",
+    "reduce_scatter_add_rmsnorm",
     "split_cross_entropy",
     "sum_over_ranks",
     "sum_to_pieces",
+    "symmetric_empty",
     "weave",
 ]

@@ -31,7 +31,7 @@ _Linear = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The rows [tp · n, …] of all ranks in order, from n rows of each; the backward is a reduce-scatter."""
-    return x if group is None else _Collective.apply(x, group, _gathered, _summed_to_shards)
+    return x if group is None else _Collective.apply(x, group, gathered, summed_to_shards)
 
 
 def gather_sequences(x_BSD: Tensor, length: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -46,7 +46,7 @@ def sum_to_pieces(partial_BSD: Tensor, group: dist.ProcessGroup | None) -> Tenso
     """
     if group is None:
         return partial_BSD
-    shard_TD = _Collective.apply(partial_BSD.flatten(0, 1), group, _summed_to_shards, _gathered)
+    shard_TD = _Collective.apply(partial_BSD.flatten(0, 1), group, summed_to_shards, gathered)
     return shard_TD.unflatten(0, (-1, math.gcd(partial_BSD.shape[1], shard_TD.shape[0])))
 
 
@@ -106,7 +106,7 @@ class _SharedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-        whole_T = _gathered(part_T, group).view(group.size(), -1).logsumexp(0)
+        whole_T = gathered(part_T, group).view(group.size(), -1).logsumexp(0)
         ctx.save_for_backward((part_T - whole_T).exp())
         return whole_T / group.size()
 
@@ -116,13 +116,15 @@ class _SharedLogSumExp(torch.autograd.Function):
         return grads[0] * weight_T, None
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks in order, from equally many of each; not differentiable."""
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     _all_gather(out, x.contiguous(), group=group)
     return out
 
 
-def _summed_to_shards(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def summed_to_shards(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the sum of all ranks' x, whose rows divide among them; not differentiable."""
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     _reduce_scatter(out, x.contiguous(), group=group)
     return out

@@ -258,3 +258,13 @@ def test_moe_layer_on_a_gpu(tmp_path: Path) -> None:
     result = run(tmp_path, *arguments)
     assert all(row.get("status", "ok") == "ok" for row in result["rows"])
     assert all(row["ratio"] > 0.5 for row in result["rows"] if "stage" in row)
+
+
+def test_allreduce_rmsnorm_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "needs several ranks; start it with torchrun --nproc-per-node 2"),
+        (["--shapes", "8192"], "--shapes 8192: takes rows,width"),
+        (["--shapes", "8192,20000"], "--shapes 8192,20000: takes at least a row, and widths up to 16384"),
+    ):
+        assert main(["bench", "allreduce-rmsnorm", *arguments]) == 2
+        assert message in capsys.readouterr().err
