@@ -33,10 +33,13 @@ from moetrain.parallel import (
     Mesh,
     Phases,
     Sharding,
+    add_rmsnorm_all_gather,
     complete,
     embed,
+    fused_allreduce_rmsnorm,
     gather_rows,
     gather_sequences,
+    reduce_scatter_add_rmsnorm,
     split_cross_entropy,
     sum_over_ranks,
     sum_to_pieces,
@@ -79,6 +82,26 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = sum_over_ranks(wide.square().mean(-1, keepdim=True), self.group) / self.group.size()
         return (wide * (mean_square + self.eps).rsqrt() * weight).to(x.dtype)
+
+    def add(
+        self, x_BSD: Tensor, y_BSD: Tensor | None, group: dist.ProcessGroup | None, gather_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y, of this rank's tokens; y None is 0.
+
+        A y of all tokens is this rank's summand of what is to be added up over the tp ranks of `group`. With
+        `gather_length` the norm is of all sequences, [B, gather_length, D].
+        """
+        if y_BSD is None:
+            h_BSD = self(x_BSD)
+            return h_BSD if gather_length is None else gather_sequences(h_BSD, gather_length, group), x_BSD
+        x_RD, y = x_BSD.flatten(0, 1), y_BSD.flatten(0, 1)
+        weight = self.weight.to(x_RD.dtype)
+        if y.shape == x_RD.shape:
+            h, x_RD = add_rmsnorm_all_gather(y, x_RD, weight, self.eps, None if gather_length is None else group)
+        else:
+            add = reduce_scatter_add_rmsnorm if gather_length is None else fused_allreduce_rmsnorm
+            h, x_RD = add(y, x_RD, weight, self.eps, group)
+        return h.unflatten(0, (-1, gather_length or x_BSD.shape[1])), x_RD.view_as(x_BSD)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -256,31 +279,38 @@ class Block(nn.Module):
             self.ffn = FeedForward(model.dim, inner, model.activation, dtype)
         self.recompute_attention = False
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, RouterSums | None]:
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, RouterSums | None]:
         return complete(self.phases(*inputs))
 
     def phases(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
-    ) -> Phases[tuple[Tensor, RouterSums | None]]:
+        self,
+        x_BSD: Tensor,
+        y_BSD: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1SS: Tensor | None,
+        noise_seed: int | None,
+    ) -> Phases[tuple[Tensor, Tensor, RouterSums | None]]:
+        """x, y and what the router counted, from x and y: y, with the rows that :meth:`RMSNorm.add` takes, has yet to
+        be added, together with the next norm."""
         length = rotary[0].shape[0]
         if self.recompute_attention:  # from this rank's tokens: those that are gathered are tp times as many
+            x_BSD = _added(x_BSD, y_BSD, self.tp_group)
             yield x_BSD
             partial_BSD = _maybe_checkpoint(True, self.attend, x_BSD, rotary, mask_B1SS)
         else:
-            h_BSD = gather_sequences(self.attention_norm(x_BSD), length, self.tp_group)
+            h_BSD, x_BSD = self.attention_norm.add(x_BSD, y_BSD, self.tp_group, length)
             yield h_BSD
             partial_BSD = self.attention(h_BSD, rotary, mask_B1SS)
         yield partial_BSD
-        x_BSD = x_BSD + sum_to_pieces(partial_BSD, self.tp_group)
-        h_BSD = self.ffn_norm(x_BSD)
         if self.is_moe:
+            h_BSD, x_BSD = self.ffn_norm.add(x_BSD, partial_BSD, self.tp_group)
             y_BSD, sums = yield from cast(MoE, self.ffn).phases(h_BSD, length // h_BSD.shape[1], noise_seed)
-            return x_BSD + y_BSD, sums
-        h_BSD = gather_sequences(h_BSD, length, self.tp_group)
+            return x_BSD, y_BSD, sums
+        h_BSD, x_BSD = self.ffn_norm.add(x_BSD, partial_BSD, self.tp_group, length)
         yield h_BSD
         partial_BSD = self.ffn(h_BSD)
         yield partial_BSD
-        return x_BSD + sum_to_pieces(partial_BSD, self.tp_group), None
+        return x_BSD, partial_BSD, None
 
     def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
         h_BSD = gather_sequences(self.attention_norm(x_BSD), rotary[0].shape[0], self.tp_group)
@@ -439,28 +469,31 @@ class Decoder(nn.Module):
         embedded_BSD = embed(tokens_BS, self.embedding, self.tp_group).to(self.compute_dtype)
         x_BSD = sum_to_pieces(embedded_BSD, self.tp_group)
         if self._weaves:
-            x_BSD, sums_L = self._woven(x_BSD, rotary, mask, noise_seed)
+            hidden_BSD, sums_L = self._woven(x_BSD, rotary, mask, noise_seed)
         else:
-            x_BSD, sums_L = complete(self.phases(x_BSD, rotary, mask, noise_seed))
+            hidden_BSD, sums_L = complete(self.phases(x_BSD, rotary, mask, noise_seed))
         prior_loads = [None] * len(sums_L) if prior_load_LE is None else prior_load_LE
         stats = map(Router.stats, self.routers(), sums_L, prior_loads)
-        return self.norm(x_BSD), list(stats)
+        return hidden_BSD, list(stats)
 
     def phases(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
     ) -> Phases[tuple[Tensor, list[RouterSums]]]:
-        """Those of all layers; where nothing is woven a single one, in which they are called."""
+        """Those of all layers and the last norm; where nothing is woven a single one, in which they are called."""
+        y_BSD: Tensor | None = None
         sums_L: list[RouterSums] = []
         for layer, block in enumerate(self.blocks):
             seed = None if noise_seed is None else derive_seed(noise_seed, layer)
-            arguments = (x_BSD, rotary, mask_B1SS, seed)
+            if self._recompute[layer]:  # keeps one tensor of this rank's tokens
+                x_BSD, y_BSD = _added(x_BSD, y_BSD, self.tp_group), None
+            arguments = (x_BSD, y_BSD, rotary, mask_B1SS, seed)
             if self._weaves:
-                x_BSD, sums = yield from cast(Block, block).phases(*arguments)
+                x_BSD, y_BSD, sums = yield from cast(Block, block).phases(*arguments)
             else:
-                x_BSD, sums = _maybe_checkpoint(self._recompute[layer], block, *arguments)
+                x_BSD, y_BSD, sums = _maybe_checkpoint(self._recompute[layer], block, *arguments)
             if sums is not None:
                 sums_L.append(sums)
-        return x_BSD, sums_L
+        return self.norm.add(x_BSD, y_BSD, self.tp_group)[0], sums_L
 
     def _woven(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
@@ -550,6 +583,13 @@ def linear_cross_entropy(
     if group is not None:
         return split_cross_entropy(logits_TV, targets_T, group, ignored=IGNORED)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+
+
+def _added(x_BSD: Tensor, y_BSD: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    """x + y of this rank's tokens; y as in :meth:`RMSNorm.add`."""
+    if y_BSD is None:
+        return x_BSD
+    return x_BSD + (y_BSD if y_BSD.shape == x_BSD.shape else sum_to_pieces(y_BSD, group))
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ shards.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -19,6 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 from moetrain.parallel.engines.base import OptimizerBuilder
 from moetrain.parallel.engines.replicated import ReplicatedEngine
 from moetrain.parallel.sharding import Sharding
+
+
+# Said of every unit whose result is a view: writing into it would lose a hook. Nothing here writes into results.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True)
