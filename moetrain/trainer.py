@@ -47,6 +47,7 @@ from moetrain.optim import learning_rate
 from moetrain.parallel import (
     Mesh,
     any_rank,
+    check_symmetric,
     environment_world_size,
     first_on_each_node,
     on_rank_0,
@@ -234,6 +235,7 @@ class Trainer:
         self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         lr = learning_rate(progress.step, config.train.steps, config.optim)
         norm = self.engine.step(lr)
+        check_symmetric()  # the norm waited for the device: a kernel that missed another rank has said so
         finite = math.isfinite(norm)
         if finite:
             self._update_router_biases(routing)

@@ -21,7 +21,6 @@ from moetrain.parallel.engines.base import OptimizerBuilder
 from moetrain.parallel.engines.replicated import ReplicatedEngine
 from moetrain.parallel.sharding import Sharding
 
-
 # Said of every unit whose result is a view: writing into it would lose a hook. Nothing here writes into results.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
