@@ -55,7 +55,7 @@ PARTS = {
     r"|tile_schedule|sum_pairs|sort|radix|histogram|searchsorted|scan",
     "norms": r"rms_?norm|layer_?norm|GammaBeta|ComputeGradInput",
     "optimiser, gradient norm": r"adam|multi_tensor|foreach|lpnorm",
-    "loss": r"softmax|nll|cross_entropy",
+    "loss": r"softmax|logsumexp|nll|cross_entropy",
     "dense products": r"gemm|nvjet|cutlass|xmma|cublas",
     "gathers, copies": r"gather|scatter|index|memcpy|memset|copy|cat",
     "element-wise, reductions": r"elementwise|reduce",

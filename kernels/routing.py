@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_PAIRS = 2**31 - 2**10
@@ -70,6 +71,28 @@ class Routing:
             weights_N=self.weights_N[:pairs],
             pair_ids_N=self.pair_ids_N[:pairs],
             padded=False,
+        )
+
+    def renumbered(self, number_E: Tensor) -> Routing:
+        """The same pairs with expert e called number_E[e], int [E] and a permutation: whole experts change places.
+
+        Weights carry gradients; tokens walk their pairs in the order that they did.
+        """
+        counts_S = self.counts_E.new_empty(self.num_experts).index_copy_(0, number_E, self.counts_E)
+        offsets = _running_sum(counts_S)
+        # By how much the pairs of each expert move on; padding, as one more expert, stays.
+        moves_E = F.pad(offsets[:-1].index_select(0, number_E) - self.expert_offsets[:-1], (0, 1))
+        moves_S = torch.zeros_like(moves_E).index_copy_(0, number_E, moves_E[:-1])
+        pairs_N = torch.arange(self.num_pairs, dtype=torch.int32, device=offsets.device)
+        to_N = pairs_N + moves_E[torch.searchsorted(self.expert_offsets[1:], pairs_N, right=True)]
+        from_N = pairs_N - moves_S[torch.searchsorted(offsets[1:], pairs_N, right=True)]
+        pair_ids_N = to_N.index_select(0, self.pair_ids_N)
+        return replace(
+            self,
+            token_ids_N=self.token_ids_N.index_select(0, from_N),
+            weights_N=_Permute.apply(self.weights_N, from_N, to_N),
+            expert_offsets=offsets,
+            pair_ids_N=pair_ids_N.masked_fill(pairs_N >= offsets[-1], 0) if self.padded else pair_ids_N,
         )
 
     @staticmethod
@@ -230,6 +253,20 @@ def cells_of_pairs(values_N: Tensor, chosen_TE: Tensor, pair_ids_N: Tensor, toke
     walked_X = chosen_TE.flatten().cumsum(0, dtype=torch.int32) - 1
     positions_X = pair_ids_N.index_select(0, walked_X.clamp_min(0))
     return values_N.index_select(0, positions_X).view(chosen_TE.shape).masked_fill(~chosen_TE, 0)
+
+
+class _Permute(torch.autograd.Function):
+    """x[from]; the transpose is x[to], without a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, from_N: Tensor, to_N: Tensor) -> Tensor:
+        ctx.save_for_backward(to_N)
+        return x_N.index_select(0, from_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (to_N,) = ctx.saved_tensors
+        return grads[0].index_select(0, to_N), None, None
 
 
 class _GroupByExpert(torch.autograd.Function):

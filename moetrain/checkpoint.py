@@ -48,6 +48,7 @@ from moetrain.files import folder_written_aside, fsync_folder, sha256, written_a
 from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.mesh import Mesh
+from moetrain.parallel.sharding import ScatteredTensor
 
 T = TypeVar("T")
 
@@ -397,9 +398,9 @@ class Checkpointer:
     def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """Start to save; the caller may change tensors and progress as soon as it returns.
 
-        `tensors`: logical tensors by name, the same names on all ranks. A DTensor is sharded as its placements say;
-        a plain tensor is the same on all ranks. `progress` must be representable as JSON. Raises CheckpointError if
-        the save before this one failed (or this one, if not asynchronous).
+        `tensors`: logical tensors by name, the same names on all ranks. A DTensor is sharded as its placements say, a
+        ScatteredTensor by rows; a plain tensor is the same on all ranks. `progress` must be representable as JSON.
+        Raises CheckpointError if the save before this one failed (or this one, if not asynchronous).
         """
         start = time.perf_counter()
         self.wait()
@@ -453,7 +454,7 @@ class Checkpointer:
         """Copies of the local shards in host memory, pinned if they come from a GPU."""
         copies = {}
         for name, tensor in owned.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = tensor.to_local() if isinstance(tensor, DTensor | ScatteredTensor) else tensor
             copy = self._copies.get(name)
             if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
                 copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
@@ -461,7 +462,10 @@ class Checkpointer:
         if self.mesh.device.type == "cuda":
             torch.cuda.current_stream(self.mesh.device).synchronize()
         self._copies = copies
-        return copies
+        return {
+            name: tensor.like(copies[name]) if isinstance(tensor, ScatteredTensor) else copies[name]
+            for name, tensor in owned.items()
+        }
 
     def _write(
         self, target: Path, step: int, plan: SavePlan, copies: dict[str, Tensor], progress: dict[str, Any]
@@ -539,6 +543,8 @@ def _owned(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
             ):
                 if placement.is_replicate():
                     replica, replicas = replica * size + coordinate, replicas * size
+        elif isinstance(tensor, ScatteredTensor):
+            replica, replicas = tensor.copies
         load = assigned.setdefault(replicas, [0] * replicas)
         writer = load.index(min(load))
         load[writer] += tensor.numel() * tensor.element_size()
@@ -558,7 +564,8 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn]
+        copy = self.state_dict[index.fqn]
+        return copy.__get_tensor_shard__(index) if isinstance(copy, ScatteredTensor) else copy
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -638,10 +645,10 @@ def _write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[s
 def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *, strict: bool = True) -> dict[str, Any]:
     """Fill `tensors` in place from the checkpoint `path`; returns the `progress` that was saved with them.
 
-    DTensors receive this rank's shard, plain tensors the whole logical tensor, whatever the number of ranks that
-    wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype; with `strict` the
-    checkpoint must hold nothing else. Otherwise, and if it cannot be read, CheckpointError; then nothing was changed,
-    unless a file is damaged (see :func:`verify`).
+    DTensors and ScatteredTensors receive this rank's part, plain tensors the whole logical tensor, whatever the number
+    of ranks that wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype; with
+    `strict` the checkpoint must hold nothing else. Otherwise, and if it cannot be read, CheckpointError; then nothing
+    was changed, unless a file is damaged (see :func:`verify`).
 
     Collective if `mesh` is given: an error on one rank is raised on all. Without a mesh each process loads by itself.
     """

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,8 @@ from moetrain.checkpoint import (
 )
 from moetrain.convert import from_safetensors, is_safetensors, to_safetensors
 from moetrain.errors import ConfigError
+from moetrain.expert_placement import ExpertPlacement
+from moetrain.placement.placement import Placement
 
 _PATH_HELP = "a run (its newest checkpoint), a checkpoints folder or a checkpoint"
 
@@ -101,6 +105,7 @@ def info_command(args: argparse.Namespace) -> int:
         "by": f"moetrain {manifest.moetrain}, torch {manifest.torch}, {manifest.world_size} ranks, ep = {manifest.ep}",
         "progress": ", ".join(f"{progress[name]:,} {name}" for name in ("samples", "tokens") if name in progress),
         "config hash": progress.get("config_hash", "unknown"),
+        "placement": _placement(progress.get("placement")),
         "in the model": f"{model.elements:,} elements (parameters and router biases)",
         "files": f"{len(manifest.files)}, {sum(entry.size for entry in manifest.files.values()) / 2**20:,.1f} MiB "
         "(sizes are right; `moetrain checkpoint verify` reads every byte)",
@@ -110,6 +115,18 @@ def info_command(args: argparse.Namespace) -> int:
         console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     return 0
+
+
+def _placement(record: Mapping[str, Any] | None) -> str:
+    """Where the experts were, which the tensors do not depend on."""
+    if record is None:
+        return "none: experts lay as they are numbered"
+    placement = ExpertPlacement(**record)
+    unplaced = Placement.contiguous(len(placement.slots), len(placement.slots[0]), placement.num_gpus)
+    moved = int((np.array(placement.assignment) != unplaced.gpu_LE).sum())
+    return (
+        f"on {placement.num_gpus} ranks, {moved:,} of {unplaced.gpu_LE.size:,} experts elsewhere than their numbers say"
+    )
 
 
 def _total(found: Iterable[Part]) -> Part:

@@ -137,6 +137,16 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     if command == "checkpoint":
         _add_checkpoint_commands(checkpoint)
 
+    trace = _add_command(
+        commands,
+        "trace",
+        "inspect routing traces",
+        "Look into the routing traces that placement.trace records.",
+        "examples:\n  moetrain trace info runs/tiny\n",
+    )
+    if command == "trace":
+        _add_trace_commands(trace)
+
     config = _add_command(
         commands,
         "config",
@@ -161,12 +171,31 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     )
     plan.set_defaults(handler=_plan)
 
+    place = _add_command(
+        commands,
+        "place",
+        "find which GPU should hold which expert",
+        "Find the placement of a trace's experts that costs least, prove how good it is, and compare it with others.\n"
+        "Ctrl-C ends the search, and the best placement until then is written. Needs no GPU.",
+        "examples:\n"
+        "  moetrain place --trace runs/x --gpus 8 --out placement.json\n"
+        "  moetrain place --trace runs/x --gpus 64 --topology cluster.yaml --objective load+0.5*traffic \\\n"
+        "      --holdout 0.2 --time-limit 300 --out placement.json --report placement.html\n"
+        "  moetrain place --trace ids.npz --experts 32 --gpus 8 --objective hops --out placement.json\n",
+    )
+    if command == "place":
+        _add_place_arguments(place)
+
     bench = _add_command(
         commands,
         "bench",
         "measure speed and memory beside other implementations",
-        "Time one MoE layer or whole training steps, beside other implementations that are installed.",
-        "examples:\n  moetrain bench moe-layer --shapes 24576,1536,256,128,8\n  moetrain bench step olmoe-1b-7b\n",
+        "Time one MoE layer or whole training steps, beside other implementations that are installed, or compare all\n"
+        "solvers of expert placements.",
+        "examples:\n"
+        "  moetrain bench moe-layer --shapes 24576,1536,256,128,8\n"
+        "  moetrain bench step olmoe-1b-7b\n"
+        "  moetrain bench placement --traces runs/x --gpus 8\n",
     )
     _add_bench_commands(bench)
     return parser
@@ -249,6 +278,31 @@ def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
     convert.set_defaults(handler=run.convert_command)
 
 
+def _add_place_arguments(place: argparse.ArgumentParser) -> None:
+    from moetrain import placement_commands as run  # it takes scipy and matplotlib with it
+
+    run.add_place_arguments(place)
+    place.set_defaults(handler=run.place_command)
+
+
+def _add_trace_commands(trace: argparse.ArgumentParser) -> None:
+    from moetrain import trace_commands as run  # it takes scipy with it
+
+    commands = trace.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    info = _add_command(
+        commands,
+        "info",
+        "what is in a trace",
+        "Print how much a trace holds, how uneven its loads are, how well an expert tells the next layer's, and\n"
+        "how far both have drifted since the first recorded steps.",
+        "examples:\n"
+        "  moetrain trace info runs/tiny --gpus 8\n"
+        "  moetrain trace info ids.npz --experts 64 --json info.json\n",
+    )
+    run.add_info_arguments(info)
+    info.set_defaults(handler=run.info_command)
+
+
 def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     commands = bench.add_subparsers(metavar="command", required=True, parser_class=_Parser)
     layer = _add_command(
@@ -303,6 +357,40 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     step.add_argument("--warmup", type=positive, default=3, metavar="N", help="before those (default: %(default)s)")
     _add_bench_output(step)
     step.set_defaults(handler=_bench_step)
+
+    placement = _add_command(
+        commands,
+        "placement",
+        "all solvers of expert placements",
+        "Solve traces with every solver for every objective, and judge the placements on a fifth of the tokens that\n"
+        "was held out. Needs no GPU.",
+        "examples:\n"
+        "  moetrain bench placement --traces runs/x --gpus 8 --json placement.json\n"
+        "  moetrain bench placement --synthetic zipf topics --shape 16384,12,64,8 --objectives load hops\n",
+    )
+    placement.add_argument("--traces", nargs="+", default=[], metavar="T", help="trace files, or runs that recorded")
+    placement.add_argument(
+        "--synthetic", nargs="+", default=[], metavar="F", help="made from the seed: zipf, lognormal, topics"
+    )
+    placement.add_argument(
+        "--shape", default="16384,12,64,8", metavar="S,L,E,K", help="of those (default: %(default)s)"
+    )
+    placement.add_argument("--gpus", type=positive, default=8, metavar="G", help="(default: %(default)s)")
+    placement.add_argument("--topology", metavar="F", help="as for moetrain place")
+    placement.add_argument(
+        "--objectives",
+        nargs="+",
+        default=["load", "hops", "traffic"],
+        metavar="O",
+        help="(default: load hops traffic)",
+    )
+    placement.add_argument("--solvers", nargs="+", metavar="S", help="(default: all)")
+    placement.add_argument(
+        "--time-limit", type=float, default=10.0, metavar="S", help="seconds of each search (default: %(default)g)"
+    )
+    placement.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(placement)
+    placement.set_defaults(handler=_bench_placement)
 
 
 def _add_bench_output(parser: argparse.ArgumentParser) -> None:
@@ -384,6 +472,12 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.step import Options, step_command
 
     return step_command(Options(**_fields(arguments)))
+
+
+def _bench_placement(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.placement import Options, placement_command
+
+    return placement_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

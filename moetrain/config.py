@@ -20,7 +20,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, PlacementError
+from moetrain.placement.sums import parse_sum
+from moetrain.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,44 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    """A sample of which experts tokens go to, for `moetrain trace` and `moetrain place`."""
+
+    every: int = 0
+    """Steps between two recordings; 0: off."""
+    tokens: int = 1024
+    """Tokens that each rank samples from its first micro-batch of such a step (at most: all)."""
+    dir: str | None = None
+    """Folder of the recordings; default <run.dir>/trace."""
+
+
+@dataclass(frozen=True)
+class RebalanceConfig:
+    """Looking for a better placement while the run goes on, and moving the experts to it."""
+
+    every: int = 0
+    """Steps between two searches; 0: off. With parallel.ep = 1 there is nothing to move."""
+    objective: str = "load"
+    """load: pairs on each layer's fullest rank, for which a step waits, by all loads since the last search; traffic:
+    rows that dispatch sends; or a sum like load+0.1*traffic, both then by what placement.trace has recorded since."""
+    min_gain: float = 0.05
+    """Move only if the objective falls by this fraction."""
+    topology: str | None = None
+    """File with the links between the parallel.ep GPUs, or `detect`, as for `moetrain place --topology`; default: one
+    node with NVLink. It weighs traffic and predicts how long a move takes."""
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Where the experts live."""
+
+    file: str | None = None
+    """A placement.json of `moetrain place` for parallel.ep GPUs; default: each ep rank has consecutive experts."""
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, what to keep and where to start."""
 
@@ -297,9 +337,16 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @property
+    def trace_folder(self) -> Path:
+        """Where recordings of the routing are written."""
+        folder = self.placement.trace.dir
+        return Path(self.run.dir) / "trace" if folder is None else Path(folder)
 
     def micro_batch(self, dp: int) -> int:
         """Sequences of one forward pass on one of `dp` data-parallel ranks."""
@@ -334,15 +381,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Without a `run.dir` the run folder is ``runs/<name of the file>``.
     """
     file = find_config(name)
-    try:
-        text = file.read_text(encoding="utf-8")
-        parsed = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    parsed = read_yaml(file, ConfigError)
     if parsed is None:
         parsed = {}
     if not isinstance(parsed, dict):
@@ -373,22 +412,6 @@ def _resolve(merged: Any, overrides: Sequence[str]) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice; YAML's usual loader lets the last one win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _merge(base: Any, update: Any, where: str) -> Any:
@@ -476,6 +499,7 @@ def check(config: Config) -> None:
         "optim.eps": optim.eps,
         "parallel.tp": parallel.tp,
         "parallel.ep": parallel.ep,
+        "placement.trace.tokens": config.placement.trace.tokens,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "metrics.every": config.metrics.every,
         "run.timeout_minutes": config.run.timeout_minutes,
@@ -494,6 +518,8 @@ def check(config: Config) -> None:
         "optim.clip_norm": optim.clip_norm,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.decay_steps": optim.decay_steps,
+        "placement.trace.every": config.placement.trace.every,
+        "placement.rebalance.every": config.placement.rebalance.every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every": config.eval.every,
@@ -604,6 +630,7 @@ def check(config: Config) -> None:
         _require(optim.decay_steps == 0, "optim.decay_steps", optim.decay_steps, "belongs to optim.schedule wsd only")
     _check_tensor_parallel(config)
     _check_engine(config)
+    _check_placement(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
     if config.metrics.peak_tflops is not None:
@@ -685,6 +712,40 @@ def _check_engine(config: Config) -> None:
             _require(isinstance(section, dict), f"parallel.deepspeed.{parent}", section, "must be a section of keys")
         if last in section:
             raise ConfigError(f"parallel.deepspeed.{path} = {section[last]}: follows from {source}; remove this key")
+
+
+def _check_placement(config: Config) -> None:
+    """What needs experts, and what a search while the run goes on needs."""
+    placement, rebalance = config.placement, config.placement.rebalance
+    if config.model.num_experts == 0:
+        dense = "a dense model (model.num_experts = 0) has no"
+        _require(
+            placement.trace.every == 0, "placement.trace.every", placement.trace.every, f"{dense} routing to record"
+        )
+        _require(placement.file is None, "placement.file", placement.file, f"{dense} experts to place")
+        _require(rebalance.every == 0, "placement.rebalance.every", rebalance.every, f"{dense} experts to move")
+    _require(0 <= rebalance.min_gain < 1, "placement.rebalance.min_gain", rebalance.min_gain, "must be in [0, 1)")
+    if rebalance.every == 0:
+        return
+    _require(
+        config.parallel.engine == "torch",
+        "placement.rebalance.every",
+        rebalance.every,
+        "with parallel.engine = deepspeed must be 0: ZeRO keeps moments and float32 weights in pieces that know no "
+        "experts, so that these cannot move; use parallel.engine = torch, or placement.file, which is read at start",
+    )
+    try:
+        parse_sum(rebalance.objective, ("load", "traffic"))
+    except PlacementError as error:
+        raise ConfigError(
+            f"placement.rebalance.objective = {rebalance.objective}: {error}; others cost a training step nothing"
+        ) from None
+    _require(
+        rebalance.objective == "load" or placement.trace.every > 0,
+        "placement.rebalance.objective",
+        rebalance.objective,
+        "is judged by recorded tokens: set placement.trace.every, or use load",
+    )
 
 
 def check_zero_dtype(config: Config, dtype: str) -> None:

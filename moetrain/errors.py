@@ -30,3 +30,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or belongs to another model. The message names the path."""
+
+
+class TraceError(UserError):
+    """A routing trace that is missing, damaged or of another model. The message names the file."""
+
+
+class PlacementError(UserError):
+    """A placement that does not exist or does not fit. The message names the file or the key."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ from moetrain.kernels import GatedActivation, Routing, activate, choose_backend,
 from moetrain.parallel import (
     AllToAllDispatcher,
     Dispatcher,
+    ExpertSlots,
     LocalDispatcher,
     Mesh,
     Sharding,
@@ -186,10 +187,15 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, dispatcher, experts: three parts that know one another only through `Routing`."""
+    """Router, dispatcher, experts: three parts that know one another only through `Routing`.
 
-    def __init__(self, config: Config, mesh: Mesh | None, dtype: torch.dtype):
+    `slots`: where a placement puts the experts; None: in their own order. The router and its statistics know them by
+    their numbers alone, dispatcher and experts by their slots.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh | None, slots: ExpertSlots | None, dtype: torch.dtype):
         super().__init__()
+        self.slots = slots
         model = config.model
         ep = 1 if mesh is None else mesh.ep
         self.router = Router(
@@ -211,6 +217,8 @@ class MoE(nn.Module):
         self, x_BSD: Tensor, pieces: int, prior_load_E: Tensor | None, noise_seed: int | None
     ) -> tuple[Tensor, RouterStats]:
         routing, stats = self.router(x_BSD, pieces=pieces, prior_load_E=prior_load_E, noise_seed=noise_seed)
+        if self.slots is not None:
+            routing = routing.renumbered(self.slots.slot_E)
         dispatched = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         y_RD = _maybe_checkpoint(self.recompute_experts, self.experts, dispatched.x_RD, dispatched.routing)
         y_BSD = self.dispatcher.combine(y_RD, dispatched).view_as(x_BSD)
@@ -226,7 +234,7 @@ class Block(nn.Module):
     the batch: gathered before, and their summands added up and scattered after.
     """
 
-    def __init__(self, config: Config, layer: int, mesh: Mesh | None, dtype: torch.dtype):
+    def __init__(self, config: Config, layer: int, mesh: Mesh | None, slots: ExpertSlots | None, dtype: torch.dtype):
         super().__init__()
         model = config.model
         self.tp_group = _tp_group(mesh)
@@ -235,7 +243,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.is_moe = model.is_moe_layer(layer)
         if self.is_moe:
-            self.ffn: nn.Module = MoE(config, mesh, dtype)
+            self.ffn: nn.Module = MoE(config, mesh, slots, dtype)
         else:
             inner = model.ffn_dim if mesh is None else model.ffn_dim // mesh.tp
             self.ffn = FeedForward(model.dim, inner, model.activation, dtype)
@@ -271,8 +279,10 @@ class Decoder(nn.Module):
     checkpoint fills them.
     """
 
-    def __init__(self, config: Config, mesh: Mesh | None = None):
-        """`mesh` None: everything on this rank and no collectives."""
+    def __init__(self, config: Config, mesh: Mesh | None = None, slots_LE: Sequence[Sequence[int]] | None = None):
+        """`mesh` None: everything on this rank and no collectives. `slots_LE`: of each MoE layer's experts, a
+        permutation, the first E / ep slots being on the first ep rank; None: as they are numbered. It changes no result
+        and no checkpoint."""
         super().__init__()
         model = config.model
         dtype = getattr(torch, config.train.param_dtype)
@@ -281,10 +291,17 @@ class Decoder(nn.Module):
         self.tp_group = _tp_group(mesh)
         vocabulary = model.vocab_size if mesh is None else model.vocab_size // mesh.tp
         self.embedding = nn.Parameter(torch.empty(vocabulary, model.dim, dtype=dtype))
-        self.blocks = nn.ModuleList(Block(config, layer, mesh, dtype) for layer in range(model.n_layers))
+        self.moe_layers = [layer for layer in range(model.n_layers) if model.is_moe_layer(layer)]
+        self.slots: dict[int, ExpertSlots] = {}
+        """By MoE layer; empty where the experts are in their own order."""
+        if slots_LE is not None:
+            device = self.embedding.device
+            self.slots = {n: ExpertSlots(slots, device) for n, slots in zip(self.moe_layers, slots_LE, strict=True)}
+        self.blocks = nn.ModuleList(
+            Block(config, layer, mesh, self.slots.get(layer), dtype) for layer in range(model.n_layers)
+        )
         self.norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.head = None if model.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
-        self.moe_layers = [layer for layer in range(model.n_layers) if model.is_moe_layer(layer)]
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._linear_cross_entropy: Callable[..., Tensor] = linear_cross_entropy
         self._apply_activation_checkpointing(config.train.activation_checkpointing)
@@ -316,6 +333,14 @@ class Decoder(nn.Module):
         """Bytes that this rank's MoE layers have sent to other ranks so far, forward and backward."""
         return sum(cast(MoE, self.blocks[layer].ffn).dispatcher.bytes_sent for layer in self.moe_layers)
 
+    @property
+    def expert_ranks(self) -> list[list[int]]:
+        """[L, E]: the ep rank of each expert of each MoE layer."""
+        experts, ep = self.config.model.num_experts, 1 if self.mesh is None else self.mesh.ep
+        unplaced = list(range(experts))
+        slots_LE = [self.slots[n].slots if n in self.slots else unplaced for n in self.moe_layers]
+        return [[slot // (experts // ep) for slot in slots] for slots in slots_LE]
+
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in order."""
         return [cast(MoE, self.blocks[layer].ffn).router for layer in self.moe_layers]
@@ -325,13 +350,17 @@ class Decoder(nn.Module):
         mesh = self.mesh
         assert mesh is not None
         if is_expert_parameter(name):
-            return Sharding(mesh.experts, dim=0)
+            return Sharding(mesh.experts, dim=0, slots=self._slots(name))
         if mesh.tp == 1:
             return Sharding(mesh.dense, dim=None)
         dims = dict(_SPLIT_DIMS)
         if self.config.model.qk_norm == "full":
             dims[r"blocks\.\d+\.attention\.[qk]_norm\.weight"] = 0
         return Sharding(mesh.dense, next((dim for pattern, dim in dims.items() if re.fullmatch(pattern, name)), None))
+
+    def _slots(self, name: str) -> ExpertSlots | None:
+        """Those of the layer that this parameter of the experts belongs to."""
+        return self.slots.get(int(name.removeprefix("blocks.").split(".")[0]))
 
     def compile_dense_parts(self) -> None:
         """torch.compile attention, feed-forward networks (dense and of shared experts), norms and loss; routing depends
@@ -359,8 +388,10 @@ class Decoder(nn.Module):
             sharding = None if self.mesh is None else self.sharding(name)
             if is_expert_parameter(name):
                 first = 0 if sharding is None else sharding.index * parameter.shape[0]
-                for local, expert in enumerate(parameter):
-                    expert.normal_(0.0, std, generator=_generator(seed, f"{name}.{first + local}", parameter.device))
+                slots = self._slots(name)
+                for slot, weights in enumerate(parameter, first):
+                    expert = slot if slots is None else slots.experts[slot]
+                    weights.normal_(0.0, std, generator=_generator(seed, f"{name}.{expert}", parameter.device))
             elif sharding is None or sharding.shards == 1:
                 parameter.normal_(0.0, std, generator=_generator(seed, name, parameter.device))
             else:

@@ -5,13 +5,18 @@ Widths: D model, E experts, K experts a token, I expert, F dense feed-forward, S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import comb
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moetrain.config import Config, check_world
+from moetrain.errors import UserError
+from moetrain.expert_placement import configured_placement
 from moetrain.flops import ParameterCount, TrainingFlops, flops_per_token, parameters
 from moetrain.parallel.wire import homeward, row_bytes
 
@@ -41,8 +46,9 @@ class Plan:
     """That all ranks together send to one another in a step: see :func:`dispatch_bytes`."""
     head_ranks: tuple[tuple[range, range], ...]
     """(attention heads, ranks that hold them), and with them a part of every dense layer and of the vocabulary."""
-    expert_ranks: tuple[tuple[range, range], ...]
-    """(experts, ranks that hold them), in logical experts of every MoE layer; empty for a dense model."""
+    expert_ranks: tuple[tuple[Sequence[int], range], ...]
+    """(experts, ranks that hold them), in logical experts of every MoE layer, with `placement.file` of the first one;
+    empty for a dense model."""
 
     @property
     def flops_per_step(self) -> int:
@@ -55,10 +61,11 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
-    """Plan a run; raises ConfigError if the config does not fit `world_size`. Uses no GPU and makes no tensor."""
+    """Plan a run; raises ConfigError if the config does not fit `world_size`, and PlacementError if the placement does
+    not fit the config. Uses no GPU and makes no tensor."""
     check_world(config, world_size)
     count = parameters(config)
-    tp, ep = config.parallel.tp, config.parallel.ep
+    tp = config.parallel.tp
     dp = world_size // tp
     weight_bytes, gradient_bytes, moment_bytes, copy_bytes = _state_bytes(config, count, world_size)
     return Plan(
@@ -75,8 +82,28 @@ def make_plan(config: Config, world_size: int) -> Plan:
         accumulation_steps=config.accumulation_steps(dp),
         dispatch_bytes=dispatch_bytes(config),
         head_ranks=_owners(config.model.n_heads, tp, world_size),
-        expert_ranks=_owners(config.model.num_experts, ep, world_size) if config.model.num_experts else (),
+        expert_ranks=_expert_ranks(config, world_size),
     )
+
+
+def check_memory(config: Config, world_size: int, available: int) -> None:
+    """Raise UserError if the weights, gradients and moments of a rank alone are more than `available` bytes."""
+    needed = sum(_state_bytes(config, parameters(config), world_size)[:3])
+    if needed > available:
+        raise UserError(
+            f"a rank's weights, gradients and Adam moments take {_bytes(needed)}, and its device has "
+            f"{_bytes(available)}: use more ranks with parallel.ep, parallel.tp or parallel.fsdp, or a smaller model; "
+            f"`moetrain plan` tells what a rank needs"
+        )
+
+
+def _expert_ranks(config: Config, world_size: int) -> tuple[tuple[Sequence[int], range], ...]:
+    experts, ep = config.model.num_experts, config.parallel.ep
+    placement = configured_placement(config)
+    if placement is None:
+        return _owners(experts, ep, world_size) if experts else ()
+    held_by = [np.flatnonzero(placement.gpu_LE[0] == place).tolist() for place in range(ep)]
+    return tuple((held, range(place, world_size, ep)) for place, held in enumerate(held_by))
 
 
 def _owners(number: int, parts: int, world_size: int) -> tuple[tuple[range, range], ...]:
@@ -265,17 +292,19 @@ def plan_command(config: Config, world_size: int) -> int:
         _add_owners(table, "head", plan.head_ranks)
     if plan.expert_ranks:
         _add_owners(table, "expert", plan.expert_ranks)
+        if config.placement.file is not None:
+            table.add_row("  in the first MoE layer", "", f"in the others as {config.placement.file} says")
     Console().print(table)
     return 0
 
 
-def _add_owners(table: Table, noun: str, owners: tuple[tuple[range, range], ...]) -> None:
+def _add_owners(table: Table, noun: str, owners: Sequence[tuple[Sequence[int], range]]) -> None:
     """Which rank holds which."""
     table.add_section()
     shown = owners if len(owners) <= 8 else owners[:7]
     for things, ranks in shown:
-        numbers = f" {things.start}" if len(things) == 1 else f"s {things.start}–{things.stop - 1}"
-        table.add_row(f"{noun.capitalize()}{numbers}", "", f"on {_ranks(ranks)}")
+        plural = "" if len(things) == 1 else "s"
+        table.add_row(f"{noun.capitalize()}{plural} {_numbers(things)}", "", f"on {_ranks(ranks)}")
     if len(shown) < len(owners):
         table.add_row("  …", "", f"and so on: {_plural(len(owners[0][0]), noun)} a rank")
 
@@ -300,6 +329,15 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
 
 def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """Ascending numbers, runs of them as from–to: 0–3, 7."""
+    parts = []
+    for _, run in groupby(enumerate(numbers), key=lambda placed: placed[1] - placed[0]):
+        (_, first), *more = run
+        parts.append(f"{first}–{more[-1][1]}" if more else str(first))
+    return ", ".join(parts)
 
 
 def _ranks(ranks: range) -> str:

@@ -10,15 +10,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
 
 from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
 from moetrain.config import Config, check_world, config_hash, to_yaml
@@ -34,6 +36,7 @@ from moetrain.data import (
 from moetrain.engine import create_engine
 from moetrain.errors import CheckpointError, UserError
 from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_score
+from moetrain.expert_placement import initial_placement
 from moetrain.files import write_text
 from moetrain.flops import parameters
 from moetrain.kernels import autotune
@@ -50,10 +53,15 @@ from moetrain.parallel import (
     raise_together,
     watchdog,
 )
+from moetrain.parallel.engines import ReplicatedEngine
+from moetrain.placement.trace import save_trace
+from moetrain.plan import check_memory
 from moetrain.plot import plot_losses
 from moetrain.ranks import joined_mesh
+from moetrain.rebalance import Rebalancer, rank_load
 from moetrain.router import RouterStats, RoutingTotals
 from moetrain.state import logical_tensors
+from moetrain.trace_recorder import TraceRecorder, drop_after, recording_name
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Asked to stop, a run finishes its step, saves and ends with exit code 0."""
@@ -77,6 +85,19 @@ def train(config: Config) -> int:
     return 0
 
 
+def start_compile_workers() -> None:
+    """Start the processes in which torch.compile makes code, deaf to the signals that ask for an end.
+
+    A job manager signals a whole process group. Without its workers torch would wait for them for ever, at the first
+    shape to be compiled after the signal: that of the held-out text.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which processes inherit
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @dataclass
 class Progress:
     """How far a run is. Saved in every checkpoint."""
@@ -96,6 +117,7 @@ class Trainer:
     """One rank of a run."""
 
     def __init__(self, config: Config, mesh: Mesh):
+        on_rank_0(lambda: check_memory(config, mesh.world_size, _total_memory(mesh.device)), mesh.host_group)
         autotune.configure(config.kernels.autotune)
         self.config = config
         self.mesh = mesh
@@ -107,21 +129,25 @@ class Trainer:
         self.checkpoint_stall = 0.0
         self.dispatch_bytes = 0
         """Sent by this rank's MoE layers in the last step."""
+        self.placement_metrics: dict[str, float] = {}
+        """Since the last report."""
         self.changes: list[str] = []
         self.logger: MetricsLogger | None = None
 
         self._lock = self._lock_folder()
         self.dataset = first_on_each_node(self._open_dataset, mesh)
-        with torch.device(mesh.device):
-            self.model = Decoder(config, mesh)
-
         checkpoints = self.folder / "checkpoints"
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
+        saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
+        self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
+        with torch.device(mesh.device):
+            self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
         if source is None:
             self.model.initialize(config.train.seed)
         self.engine = create_engine(config, mesh, self.model)
-        if source is not None:
-            self._resume(source)
+        if source is not None and saved is not None:
+            self._resume(source, saved)
+        self.rebalancer = self._rebalancer()
         self.checkpointer = Checkpointer(
             checkpoints,
             mesh,
@@ -131,16 +157,26 @@ class Trainer:
             # Going on from an earlier step of this folder leaves the later ones to the course they belong to.
             resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
+        self.recorder = TraceRecorder(
+            self.model.routers(),
+            self.model.moe_layers,
+            tokens=config.placement.trace.tokens,
+            seed=config.train.seed,
+            rank=mesh.rank,
+        )
         if config.train.compile:
+            start_compile_workers()
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
-        on_rank_0(lambda: self._open_logs(source), mesh.host_group)
+        on_rank_0(lambda: self._open_logs(source, placed), mesh.host_group)
 
     def run(self) -> None:
         """Train to the last step (or until asked to stop), then save, score and plot."""
         try:
             self._train()
         finally:
+            if self.rebalancer is not None:
+                self.rebalancer.close()
             self.checkpointer.close()
             if self.logger is not None:
                 self.logger.close()
@@ -209,6 +245,10 @@ class Trainer:
         progress.bad_steps_in_a_row = 0 if finite else progress.bad_steps_in_a_row + 1
         if progress.step == 1 or _due(progress.step, config.metrics.every) or progress.step == config.train.steps:
             self._report(loss, norm, lr, routing)
+        if _due(progress.step, config.placement.trace.every):
+            self._save_trace()
+        if self.rebalancer is not None and progress.step < config.train.steps:
+            self.placement_metrics |= self.rebalancer.after_step(progress.step, routing.load_LE)
         if not finite:
             self._check_bad_steps(norm)
 
@@ -222,12 +262,13 @@ class Trainer:
             watchdog.moved(f"step {self.progress.step + 1}")
             with self.throughput.data_loading():
                 batch = next(batches).to(self.mesh.device)
-            hidden_BSD, layer_stats = self.engine.forward(
-                batch.tokens_BS,
-                batch.documents_BS,
-                prior_load_LE=routing.load_LE if micro_step else None,
-                noise_seed=self._noise_seed(micro_step),
-            )
+            with self._recording(micro_step):
+                hidden_BSD, layer_stats = self.engine.forward(
+                    batch.tokens_BS,
+                    batch.documents_BS,
+                    prior_load_LE=routing.load_LE if micro_step else None,
+                    noise_seed=self._noise_seed(micro_step),
+                )
             # The mean over all tokens of the global batch, whatever the split; see parallel/gradients.py.
             share = self.model.cross_entropy(hidden_BSD, batch.targets_BS) / config.train.tokens_per_step
             auxiliary = _auxiliary_loss(layer_stats, config) / (self.accumulation * self.mesh.world_size)
@@ -235,6 +276,15 @@ class Trainer:
             loss += share.detach()
             routing.add(layer_stats)
         return loss, routing
+
+    def _recording(self, micro_step: int) -> AbstractContextManager[None]:
+        """Around a forward pass: records the first one of a step that placement.trace asks for."""
+        step = self.progress.step + 1
+        due = micro_step == 0 and _due(step, self.config.placement.trace.every)
+        return self.recorder.recording(step) if due else nullcontext()
+
+    def _save_trace(self) -> None:
+        save_trace(self.config.trace_folder / recording_name(self.progress.step, self.mesh.rank), self.recorder.trace())
 
     def _update_router_biases(self, routing: RoutingTotals) -> None:
         if self.config.router.bias_update_rate > 0:
@@ -267,8 +317,10 @@ class Trainer:
             "bad_steps": float(self.progress.bad_steps),
             "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
             **self.throughput.report(),
+            **self.placement_metrics,
         }
         self.checkpoint_stall = 0.0
+        self.placement_metrics = {}
         if self.model.moe_layers:
             total = routing.reduced(self.mesh.world_size)
             balance_L, z_L, entropy_L = (total.means_3L / total.forwards).cpu()
@@ -283,6 +335,7 @@ class Trainer:
                 self._router_biases(),
             )
         if self.mesh.ep > 1:
+            values["placement/rank_load"] = rank_load(total.load_LE, self.model.expert_ranks, self.mesh.ep)
             sent = torch.tensor(self.dispatch_bytes, device=self.mesh.device)
             dist.all_reduce(sent)
             values["moe/dispatch_bytes"] = float(sent)
@@ -305,6 +358,7 @@ class Trainer:
         progress = {
             **asdict(self.progress),
             "data": self.dataset.fingerprint,
+            "placement": self._placement_record(),
             "config": asdict(self.config),
             "config_hash": config_hash(self.config),
         }
@@ -358,22 +412,49 @@ class Trainer:
         raise_together(error, self.mesh)
         return file
 
-    def _open_logs(self, source: Path | None) -> None:
-        write_text(self.folder / "config.yaml", to_yaml(self.config))
-        self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
-        self._announce(source)
+    def _placement_record(self) -> dict[str, Any] | None:
+        """Where the experts are now, for the manifest."""
+        if self.placement is None:
+            return None
+        return asdict(replace(self.placement, slots=[slots.slots for slots in self.model.slots.values()]))
 
-    def _resume(self, source: Path) -> None:
-        """Continue where a checkpoint of the same model left off."""
+    def _rebalancer(self) -> Rebalancer | None:
+        if self.config.placement.rebalance.every == 0 or self.mesh.ep == 1:
+            return None
+        assert isinstance(self.engine, ReplicatedEngine)
+        return Rebalancer(self.config, self.mesh, self.model, self.engine, self.progress.step, self._message)
+
+    def _open_logs(self, source: Path | None, placed: str | None) -> None:
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        if self.config.placement.trace.every:
+            folder = self.config.trace_folder
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"placement.trace.dir = {folder}: {error.strerror}; choose another folder") from None
+            drop_after(folder, self.progress.step)
+        self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
+        self._announce(source, placed)
+
+    def _saved_progress(self, source: Path) -> dict[str, Any]:
+        """What a checkpoint says of its run. Raises CheckpointError if that was of another model."""
         saved = read_manifest(source).progress
-        # As JSON has both: a tuple comes back as a list.
-        old, new = saved["config"], json.loads(json.dumps(asdict(self.config)))
-        different = [f"model.{k}" for k, value in new["model"].items() if old["model"].get(k) != value]
+        old, new = saved["config"]["model"], self._config_as_json()["model"]
+        different = [f"model.{k}" for k, value in new.items() if old.get(k) != value]
         if different:
             raise CheckpointError(
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
                 "run.dir"
             )
+        return saved
+
+    def _config_as_json(self) -> dict[str, Any]:
+        """As a checkpoint has it: a tuple comes back as a list."""
+        return json.loads(json.dumps(asdict(self.config)))
+
+    def _resume(self, source: Path, saved: dict[str, Any]) -> None:
+        """Continue where a checkpoint of the same model left off."""
+        old, new = saved["config"], self._config_as_json()
         tensors = logical_tensors(self.model, self.engine)
         load(source, tensors, self.mesh)
         self.engine.restore(tensors)
@@ -391,7 +472,7 @@ class Trainer:
             self.progress.samples = 0  # the count was of other sequences
             self.changes.append("other sequences: reading the data from their beginning")
 
-    def _announce(self, source: Path | None) -> None:
+    def _announce(self, source: Path | None, placed: str | None) -> None:
         config, mesh = self.config, self.mesh
         count = parameters(config)
         experts = self.model.expert_backend if self.model.moe_layers else "none"
@@ -408,6 +489,8 @@ class Trainer:
             self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
             for change in self.changes:
                 self._message(f"  changed since then: {change}")
+        if placed is not None:
+            self._message(placed)
 
     def _message(self, text: str) -> None:
         if self.logger is not None:
@@ -469,6 +552,13 @@ def _auxiliary_loss(layers: list[RouterStats], config: Config) -> Tensor | float
         (config.router.balance_weight * stats.balance_loss + config.router.z_weight * stats.z_loss for stats in layers),
         start=0.0,
     )
+
+
+def _total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def _rounding_warning(config: Config, dp: int, tile: int) -> str | None:

@@ -10,7 +10,7 @@ from moetrain.parallel.dispatch import (
 )
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
 from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
-from moetrain.parallel.sharding import Sharding
+from moetrain.parallel.sharding import ExpertSlots, Sharding
 from moetrain.parallel.tensor import (
     embed,
     gather_rows,
@@ -24,6 +24,7 @@ __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
+    "ExpertSlots",
     "LocalDispatcher",
     "Mesh",
     "PairDispatcher",

@@ -50,7 +50,7 @@ def sum_to_pieces(partial_BSD: Tensor, group: dist.ProcessGroup | None) -> Tenso
     return shard_TD.unflatten(0, (-1, math.gcd(partial_BSD.shape[1], shard_TD.shape[0])))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # torch 2.11 would compile a gradient of zeros.
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of all ranks' x on each of them; so is its gradient."""
     return _Collective.apply(x, group, _summed, _summed)
@@ -69,12 +69,13 @@ def split_cross_entropy(logits_TV: Tensor, targets_T: Tensor, group: dist.Proces
 
     `logits_TV`: scores of this rank's words for all T tokens. −log p = log Σ exp − logit: the first term is the same on
     all ranks, and each has 1 / tp of it; the second is the part of the rank that has the word. One all-gather of T
-    numbers, and none in the backward pass, where softmax − onehot of its words is a rank's own.
+    numbers, and none in the backward pass, where softmax − onehot of its words is a rank's own. torch.compile takes all
+    of it into one graph, so the logits are kept as the product wrote them, and one kernel makes their gradient.
     """
     rows_T, here_T = _rows_of(targets_T, logits_TV.shape[1], group)
-    chosen_T = logits_TV.gather(1, rows_T[:, None])[:, 0]
-    share_T = _shared_logsumexp(logits_TV.logsumexp(-1), group)
-    return share_T.where(targets_T != ignored, 0).sum() - chosen_T.where(here_T, 0).sum()
+    share_T = _SharedLogSumExp.apply(logits_TV.logsumexp(-1), group)
+    minus_chosen = F.nll_loss(logits_TV, rows_T.where(here_T, ignored), ignore_index=ignored, reduction="sum")
+    return share_T.where(targets_T != ignored, 0).sum() + minus_chosen
 
 
 def _rows_of(words: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -82,11 +83,6 @@ def _rows_of(words: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor
     rows_of_words = words - group.rank() * rows
     here = (rows_of_words >= 0) & (rows_of_words < rows)
     return rows_of_words.where(here, 0), here
-
-
-@torch.compiler.disable
-def _shared_logsumexp(part_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _SharedLogSumExp.apply(part_T, group)
 
 
 class _Collective(torch.autograd.Function):

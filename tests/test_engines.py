@@ -1,4 +1,4 @@
-"""Engines beyond what tests/test_mock.py compares: uneven shards, tensor parallelism, DeepSpeed, checkpoints."""
+"""Engines beyond what test_topologies.py compares: uneven shards, tensor parallelism, bad steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from comparison import Differences, config_of, differences, train, whole_tensors
 from ranks import free_port, run_ranks
-from test_mock import compare, config_of, train, whole_tensors
 from test_trainer import make_config, metrics
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from moetrain.optim import build_optimizer
 from moetrain.parallel import Mesh, Sharding, create_mesh, destroy_mesh
 from moetrain.parallel.engines import Engine, FsdpEngine, ReplicatedEngine, Unit
 from moetrain.parallel.mock import MockWorld
+from moetrain.placement.placement import Placement, save_placement
 from moetrain.trainer import Trainer
 
 
@@ -66,7 +68,8 @@ def test_fsdp_trains_uneven_shards(tmp_path: Path, data_folder: Path) -> None:
             ("eight", ["parallel.ep=2", "train.micro_batch=4"]),
         )
     )
-    compare(MockWorld(8).run(train, eight), MockWorld(1).run(train, one)[0])
+    found = differences(MockWorld(8).run(train, eight), MockWorld(1).run(train, one)[0])
+    assert found.within(Differences(*[1e-10] * 5))
 
 
 # Tensor parallel parameters ------------------------------------------------------------------------------------------
@@ -162,15 +165,6 @@ def run_two(values: dict[str, Any], *runs: list[str], bad_step: int = 0) -> None
     run_ranks(2, train_in_ranks, values, list(runs), [free_port() for _ in runs], bad_step)
 
 
-@pytest.fixture(scope="module")
-def replicated(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Path:
-    """The run folder of two ranks of the plain engine, and beside it those of FSDP."""
-    folder = tmp_path_factory.mktemp("engines")
-    fsdp = [[f"run.dir={folder / f'fsdp-ep{ep}'}", "parallel.fsdp=true", f"parallel.ep={ep}"] for ep in (1, 2)]
-    run_two(small(folder, data_folder), [f"run.dir={folder / 'plain'}"], *fsdp, bad_step=BAD_STEP)
-    return folder / "plain"
-
-
 def assert_same_course(there: Path, here: Path, relative: float, steps: int | None = None) -> None:
     assert list(metrics(there)) == list(metrics(here))
     for step, record in list(metrics(there).items())[:steps]:
@@ -182,13 +176,6 @@ def assert_same_course(there: Path, here: Path, relative: float, steps: int | No
                 assert record[key] == pytest.approx(expected, rel=relative), (step, key)
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_fsdp_on_real_ranks(replicated: Path, ep: int) -> None:
-    """With clipping, accumulation and a skipped update, as in the tests below."""
-    assert min(record["grad_norm"] or 1.0 for record in metrics(replicated).values()) > 0.5
-    assert_same_course(replicated.parent / f"fsdp-ep{ep}", replicated, 1e-5)
-
-
 def test_fsdp_compiled(tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile captures between FSDP's hooks; generating code for it would take most of a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -198,14 +185,17 @@ def test_fsdp_compiled(tmp_path: Path, data_folder: Path, monkeypatch: pytest.Mo
     assert_same_course(tmp_path / "fsdp", tmp_path / "plain", 1e-5)
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_on_real_ranks(tmp_path: Path, data_folder: Path, replicated: Path, stage: int, ep: int) -> None:
-    overrides = [f"run.dir={tmp_path / 'run'}", DEEPSPEED, f"parallel.zero_stage={stage}", f"parallel.ep={ep}"]
-    # A key of DeepSpeed's own, so small that gradients travel in many buckets.
-    overrides.append("parallel.deepspeed.zero_optimization.reduce_bucket_size=5000")
-    run_two(small(tmp_path, data_folder), overrides, bad_step=BAD_STEP)
-    assert_same_course(tmp_path / "run", replicated, 1e-5)
+def test_a_bad_step_is_skipped(tmp_path: Path, data_folder: Path) -> None:
+    """By every engine, with clipping and accumulation."""
+    values = small(tmp_path, data_folder, "parallel.ep=2")
+    fsdp = [f"run.dir={tmp_path / 'fsdp'}", "parallel.fsdp=true"]
+    run_two(values, [f"run.dir={tmp_path / 'plain'}"], fsdp, bad_step=BAD_STEP)
+    for stage in (1, 2):
+        zero = [f"run.dir={tmp_path / f'zero-{stage}'}", DEEPSPEED, f"parallel.zero_stage={stage}"]
+        run_two(values, zero, bad_step=BAD_STEP)
+    assert min(record["grad_norm"] or 1.0 for record in metrics(tmp_path / "plain").values()) > 0.5
+    for engine in ("fsdp", "zero-1", "zero-2"):
+        assert_same_course(tmp_path / engine, tmp_path / "plain", 1e-5)
 
 
 def test_bfloat16(tmp_path: Path, data_folder: Path) -> None:
@@ -221,7 +211,7 @@ def test_bfloat16(tmp_path: Path, data_folder: Path) -> None:
 
 
 def test_a_run_goes_on_under_any_engine(tmp_path: Path, data_folder: Path) -> None:
-    """Plain, FSDP, DeepSpeed and plain again, each from the checkpoint of the one before."""
+    """Plain, FSDP, DeepSpeed (experts placed) and plain again, each from the checkpoint of the one before."""
     values = small(tmp_path, data_folder, "optim.schedule=constant")
     folder = f"run.dir={tmp_path / 'run'}"
     run_two(
@@ -230,7 +220,9 @@ def test_a_run_goes_on_under_any_engine(tmp_path: Path, data_folder: Path) -> No
         [folder, "train.steps=2"],
         [folder, "train.steps=4", "parallel.fsdp=true", "parallel.ep=2"],
     )
-    run_two(values, [folder, "train.steps=6", DEEPSPEED, "parallel.ep=2"])
+    placement = tmp_path / "placement.json"
+    save_placement(placement, Placement(np.array([[0, 1, 0, 1], [1, 0, 0, 1]]), 2))
+    run_two(values, [folder, "train.steps=6", DEEPSPEED, "parallel.ep=2", f"placement.file={placement}"])
     run_two(values, [folder, "train.steps=8", "parallel.ep=2"])
     recorded = metrics(tmp_path / "run")
     assert list(recorded) == list(range(1, 9))

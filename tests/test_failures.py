@@ -24,6 +24,9 @@ from moetrain.parallel.watchdog import Watchdog
 LAUNCH = "import sys; from moetrain.launch import torchrun; sys.exit(torchrun.run(sys.argv[1:], {}, module='faults'))"
 
 
+on_every_backend = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu2)])
+
+
 class Run:
     """A run of eight steps with a checkpoint every three, by one launcher a node on this machine."""
 
@@ -47,7 +50,7 @@ class Run:
     def end(self):
         """(exit code, stderr) of each launcher, of which nothing must be left."""
         try:
-            errors = [launcher.communicate(timeout=60)[1] for launcher in self.launchers]
+            errors = [launcher.communicate(timeout=90)[1] for launcher in self.launchers]
         finally:
             left = self.processes()
             for process in left:
@@ -77,8 +80,9 @@ class Run:
         return {record["step"]: record[name] for record in records if name in record}
 
 
-def test_an_error_of_one_rank_ends_the_others_and_is_told(tmp_path, data_folder):
-    run = Run(tmp_path / "run", data_folder, "raise:1:5")
+@on_every_backend
+def test_an_error_of_one_rank_ends_the_others_and_is_told(device, tmp_path, data_folder):
+    run = Run(tmp_path / "run", data_folder, "raise:1:5", f"run.device={device}")
     [(code, error)] = run.end()
     assert code == 1
     assert re.fullmatch(
@@ -87,17 +91,28 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told(tmp_path, data_folder)
     assert run.saved_step() == 3
 
 
-def test_a_rank_that_hangs_is_named(tmp_path, data_folder):
-    run = Run(tmp_path / "run", data_folder, "hang:1:5", "run.timeout_minutes=0.05")
+@on_every_backend
+def test_a_rank_that_hangs_is_named(device, tmp_path, data_folder):
+    seconds = 30 if device == "cuda" else 3  # of which compiling kernels takes some
+    run = Run(tmp_path / "run", data_folder, "hang:1:5", f"run.timeout_minutes={seconds / 60}", f"run.device={device}")
     [(code, error)] = run.end()
     assert code == PeerError.exit_code, error
     message = (
-        r"no progress for 3 seconds \(run\.timeout_minutes\): waiting for rank 1 in faults\.py:\d+ \(fail\), "
+        rf"no progress for {seconds} seconds \(run\.timeout_minutes\): waiting for rank 1 in faults\.py:\d+ \(fail\), "
         r"last begun: step 4; meanwhile rank 0 in \w+\.py:\d+ \(\w+\), last begun: step 5"
     )
     told, reported = error.splitlines()
     assert re.fullmatch(rf"moetrain: error: rank [01]: {message}", told)
     assert re.fullmatch(rf"moetrain: rank [01] \(pid \d+\) failed with exit code 75: PeerError: {message}", reported)
+    assert run.saved_step() == 3
+
+
+@on_every_backend
+def test_a_rank_that_is_killed_is_named(device, tmp_path, data_folder):
+    run = Run(tmp_path / "run", data_folder, "kill:1:5", f"run.device={device}")
+    [(code, error)] = run.end()
+    assert code == 137
+    assert re.fullmatch(r"moetrain: rank 1 \(pid \d+\) was killed by SIGKILL .*", last_line(error))
     assert run.saved_step() == 3
 
 

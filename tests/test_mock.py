@@ -1,31 +1,22 @@
-"""The mock world: collectives by their definitions, errors that name ranks, and training steps on every topology."""
+"""The mock world: collectives by their definitions, and errors that name ranks. test_topologies.py trains in it."""
 
 from __future__ import annotations
 
 import functools
-import json
-import math
 import operator
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_dispatch import compare_with_one_rank
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moetrain.config import Config, from_dict
-from moetrain.parallel import create_mesh, destroy_mesh, on_all_ranks
+from moetrain.parallel import create_mesh, on_all_ranks
 from moetrain.parallel.mock import CollectiveError, MockWorld, RankError
-from moetrain.state import logical_tensors
-from moetrain.trainer import Trainer
 
 
 def test_results_come_in_order_and_nothing_is_left() -> None:
@@ -253,192 +244,3 @@ def test_decisions_of_all_ranks() -> None:
         return on_all_ranks(lambda: mesh.rank + 5, mesh.host_group)
 
     assert MockWorld(2).run(decide) == [[5, 6], [5, 6]]
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-
-STEPS = 5
-Numbers = tuple[list[tuple[float, float]], dict[str, Tensor]]
-
-
-def config_of(folder: Path, data: Path, *overrides: str) -> Config:
-    """A little of everything: dense and MoE layers, shared experts, query groups, biased choice, two losses."""
-    return from_dict(
-        {
-            "model": {
-                "dim": 16,
-                "n_layers": 3,
-                "n_heads": 4,
-                "n_kv_heads": 2,
-                "num_experts": 8,
-                "expert_dim": 16,
-                "shared_dim": 16,
-                "first_dense_layers": 1,
-                "qk_norm": "head",
-            },
-            "router": {"top_k": 3, "score": "sigmoid", "normalize": True, "bias_update_rate": 0.01},
-            "data": {"path": str(data), "seq_len": 16},
-            "train": {"steps": STEPS, "tokens_per_step": 512, "param_dtype": "float64", "seed": 3},
-            "optim": {"lr": 5e-3, "warmup_steps": 2, "clip_norm": 0.5},
-            "checkpoint": {"every": 0, "resume": "never"},
-            "eval": {"every": 0, "tokens": 256},
-            "metrics": {"every": 1, "console": "none"},
-            "run": {"dir": str(folder), "device": "cpu"},
-        },
-        overrides,
-    )
-
-
-def train(config: Config) -> Numbers:
-    """Loss and gradient norm of each step; weights, Adam's state and router biases at the end, whole, as seen here."""
-    mesh = create_mesh(tp=config.parallel.tp, ep=config.parallel.ep, device="cpu")
-    trainer = Trainer(config, mesh)
-    seen: list[tuple[float, float]] = []
-    bytes_sent: list[int] = []
-    logged = trainer._report
-
-    def report(loss: Tensor, norm: float, *others: Any) -> None:
-        whole = loss.clone()
-        dist.all_reduce(whole)
-        seen.append((float(whole), norm))
-        bytes_sent.append(trainer.dispatch_bytes)
-        logged(loss, norm, *others)
-
-    trainer._report = report  # type: ignore[method-assign]
-    loader = trainer._loader()
-    try:
-        batches = iter(loader)
-        for _ in range(STEPS):
-            trainer._step(batches)
-    finally:
-        loader.close()
-        trainer.checkpointer.close()
-        if trainer.logger is not None:
-            trainer.logger.close()
-    check_bytes(bytes_sent, trainer)
-    state = whole_tensors(logical_tensors(trainer.model, trainer.engine))
-    destroy_mesh()
-    return seen, state
-
-
-def train_and_compare(ranks: int, config: Config, expected: Numbers) -> None:
-    """Every rank has the numbers of one rank."""
-    compare(MockWorld(ranks).run(train, config), expected)
-
-
-def compare(ranks: list[Numbers], expected: Numbers) -> None:
-    for rank, (seen, state) in enumerate(ranks):
-        assert seen == [pytest.approx(step, rel=1e-10) for step in expected[0]]
-        assert state.keys() == expected[1].keys()
-        for name, tensor in state.items():
-            reference = expected[1][name]
-            assert tensor.shape == reference.shape
-            assert float((tensor - reference).norm()) <= 1e-10 * float(reference.norm()), (rank, name)
-
-
-def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logical tensors put together from the ranks' parts, with this rank's own where others hold the same."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {name: placed(tensor) for name, tensor in tensors.items()})
-    whole = {}
-    for name, tensor in tensors.items():
-        whole[name] = torch.full(tensor.shape, math.nan, dtype=tensor.dtype)
-        for part in (*parts, parts[dist.get_rank()]):
-            place, values = part[name]
-            whole[name][place] = values
-    return whole
-
-
-def placed(tensor: Tensor) -> tuple[tuple[slice, ...], Tensor]:
-    """Where in the logical tensor this rank's part lies, as a checkpoint sees it, and the part."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape), tensor
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    local = tensor.to_local()
-    assert local.shape == shape
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)), local
-
-
-def check_bytes(bytes_sent: list[int], trainer: Trainer) -> None:
-    """Steps are counted apart; what is logged is the sum over the ranks."""
-    assert sum(bytes_sent) == trainer.model.dispatch_bytes
-    total = torch.tensor(bytes_sent)
-    dist.all_reduce(total)
-    records = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
-    records = [record["moe/dispatch_bytes"] for record in records if "moe/dispatch_bytes" in record]
-    if trainer.mesh.rank == 0:
-        assert records == (total.tolist() if trainer.mesh.ep > 1 else [])
-    dist.barrier()
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dict[str, Numbers]:
-    """What one rank that takes all of a step at once gets, by the scope of the balance loss."""
-    return {
-        scope: MockWorld(1).run(
-            train,
-            config_of(
-                tmp_path_factory.mktemp("one"), data_folder, "train.micro_batch=32", f"router.balance_scope={scope}"
-            ),
-        )[0]
-        for scope in ("global", "sequence")
-    }
-
-
-REPLICATED = [
-    (1, 1, 8, "none"),
-    (1, 1, 8, "full"),
-    (2, 1, 16, "none"),
-    (2, 2, 16, "none"),
-    (2, 2, 4, "selective"),
-    (4, 1, 8, "none"),
-    (4, 2, 8, "full"),
-    (4, 4, 8, "none"),
-    (4, 4, 2, "none"),
-    (8, 2, 4, "none"),
-    (8, 4, 4, "selective"),
-    (8, 8, 4, "none"),
-    (8, 8, 2, "full"),
-]
-FSDP = [
-    (1, 1, 8, "none"),
-    (2, 1, 4, "full"),
-    (2, 2, 4, "selective"),
-    (4, 1, 8, "selective"),
-    (4, 2, 8, "full"),
-    (4, 4, 2, "none"),
-    (8, 2, 4, "none"),
-    (8, 4, 4, "full"),
-    (8, 8, 2, "full"),
-]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "ep", "micro_batch", "recompute", "engine"),
-    [(*row, "parallel.fsdp=false") for row in REPLICATED]
-    + [(*row, "parallel.fsdp=true") for row in FSDP]
-    + [(4, 2, 4, "full", "parallel.fsdp=true parallel.reshard_after_forward=false")],
-)
-def test_training_does_not_depend_on_topology_or_engine(
-    tmp_path: Path,
-    data_folder: Path,
-    one_rank: dict[str, Numbers],
-    ranks: int,
-    ep: int,
-    micro_batch: int,
-    recompute: str,
-    engine: str,
-) -> None:
-    """In float64, so that neither a wrong scale nor a lost token can hide behind rounding."""
-    # Over micro-batches that come one after the other, the global balance loss sees those so far: another loss.
-    scope = "global" if ranks * micro_batch == 32 else "sequence"
-    config = config_of(
-        tmp_path,
-        data_folder,
-        f"parallel.ep={ep}",
-        f"train.micro_batch={micro_batch}",
-        f"train.activation_checkpointing.mode={recompute}",
-        f"router.balance_scope={scope}",
-        *engine.split(),
-    )
-    train_and_compare(ranks, config, one_rank[scope])

@@ -18,12 +18,12 @@ from moetrain.config import (
     RunConfig,
     TrainConfig,
 )
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, UserError
 from moetrain.flops import flops_per_token, parameters, peak_tflops
 from moetrain.model import Decoder
 from moetrain.parallel import Mesh, create_mesh
 from moetrain.parallel.mock import MockWorld
-from moetrain.plan import activation_bytes, make_plan, plan_command
+from moetrain.plan import activation_bytes, check_memory, make_plan, plan_command
 
 OLMOE = Config(
     model=ModelConfig(
@@ -358,3 +358,12 @@ def test_plan_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", refuse)
     make_plan(TINY, 2)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built() -> None:
+    plan = make_plan(OLMOE, 1)
+    state = plan.weight_bytes + plan.gradient_bytes + plan.moment_bytes
+    check_memory(OLMOE, 1, state)
+    with pytest.raises(UserError, match=r"moments take 103\.1 GiB, and its device has 24 GiB: use"):
+        check_memory(OLMOE, 1, 24 * 2**30)
+    check_memory(replace(OLMOE, parallel=ParallelConfig(ep=8)), 8, 24 * 2**30)

@@ -128,6 +128,28 @@ def test_mask_is_refused_where_its_pairs_do_not_fit() -> None:
         Routing.from_mask(chosen, torch.ones(3, 2), 6)
 
 
+@given(data=st.data(), tokens=st.integers(0, 7), experts=st.integers(1, 6), spare=st.integers(0, 5))
+@settings(deadline=None, max_examples=60)
+def test_experts_with_other_numbers(data: st.DataObject, tokens: int, experts: int, spare: int) -> None:
+    cells = data.draw(st.lists(st.booleans(), min_size=tokens * experts, max_size=tokens * experts))
+    number_E = torch.tensor(data.draw(st.permutations(range(experts))), dtype=torch.int64)
+    chosen_TE = torch.tensor(cells, dtype=torch.bool).view(tokens, experts)
+    leaf_TE = torch.arange(1.0, tokens * experts + 1).view(tokens, experts).requires_grad_()
+    renamed_TE = [torch.empty_like(x).index_copy(1, number_E, x) for x in (chosen_TE, leaf_TE)]
+    room = int(chosen_TE.sum()) + spare
+    routing = Routing.from_mask(chosen_TE, leaf_TE, room).renumbered(number_E)
+    expected = Routing.from_mask(*renamed_TE, room)  # type: ignore[arg-type]
+
+    trimmed = routing.trimmed()
+    assert pairs_by_expert(trimmed) == pairs_by_expert(expected.trimmed())
+    check_token_walk(trimmed)
+    for padding in (routing.token_ids_N, routing.pair_ids_N, routing.weights_N):
+        assert padding[trimmed.num_pairs :].tolist() == [0] * spare
+    factors_N = torch.rand(room)
+    grads = [torch.autograd.grad((r.weights_N * factors_N).sum(), leaf_TE)[0] for r in (routing, expected)]
+    assert torch.equal(*grads)
+
+
 def test_trimming_keeps_the_gradient() -> None:
     weights = torch.ones(2, 2, requires_grad=True)
     routing = Routing.from_mask(torch.tensor([[True, False], [True, True]]), weights, 9)
@@ -299,6 +321,7 @@ def test_routing_on_a_gpu_equals_the_cpu_without_waiting(tokens: int, top_k: int
                 Routing.from_pairs(inputs[1], inputs[2], leaf[:, 0], tokens, experts),
                 Routing.from_mask(inputs[3], leaf, tokens * top_k),
             ]
+            on[device] += [routing.renumbered(torch.arange(experts, device=device).flip(0)) for routing in on[device]]
             grads[device] = [
                 torch.autograd.grad((r.weights_N * inputs[4][: r.num_pairs]).sum(), leaf)[0] for r in on[device]
             ]

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import MODELS, config_of, whole_tensors
 from ranks import run_ranks
-from test_mock import Numbers, config_of, train, train_and_compare, whole_tensors
 from torch import Tensor, nn
 
 from moetrain.config import Config, RouterConfig
 from moetrain.data import IGNORED, open_dataset
 from moetrain.evaluate import Score, heldout_score
-from moetrain.model import Decoder, RMSNorm
+from moetrain.model import Decoder, RMSNorm, linear_cross_entropy
 from moetrain.parallel import (
     Mesh,
     create_mesh,
@@ -145,20 +145,6 @@ def test_balance_of_sequences_that_end_between_two_ranks() -> None:
 
 # The decoder ---------------------------------------------------------------------------------------------------------
 
-# One has dense and MoE layers, query groups and a norm for each head; the other what else attention and head can have.
-MODELS: dict[str, list[str]] = {
-    "qwen": [],
-    "olmoe": [
-        "model.n_heads=8",
-        "model.n_kv_heads=4",
-        "model.qk_norm=full",
-        "model.qkv_bias=true",
-        "model.tie_embeddings=true",
-        "model.shared_gate=true",
-        "data.mask_documents=true",
-    ],
-}
-
 
 def pass_through(
     config: Config,
@@ -234,6 +220,21 @@ def compare_real_ranks(config: Config) -> None:
     torch.testing.assert_close(compiled, plain, **tolerances)
 
 
+def test_a_compiled_loss_keeps_the_logits_in_their_own_dtype() -> None:
+    run_ranks(1, look_at_what_a_compiled_loss_keeps)
+
+
+def look_at_what_a_compiled_loss_keeps() -> None:
+    """As the usual backend divides the graph, of which there must be one, but without generating code."""
+    tokens, words = 16, 32
+    hidden_TD, weight_VD = (random(rows, 4).float().requires_grad_() for rows in (tokens, words))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        compiled(hidden_TD.bfloat16(), weight_VD, torch.arange(tokens), create_mesh(device="cpu").tp_group)
+    assert [x.dtype for x in kept if x.numel() >= tokens * words] == [torch.bfloat16]
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_layer_gathers_once_and_scatters_once_each_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -268,73 +269,7 @@ def test_a_layer_gathers_once_and_scatters_once_each_way(
     assert calls == {"_all_gather": 2 * layers + 1 + 2 + again[0], "_reduce_scatter": 2 * layers + 1 + 1 + again[1]}
 
 
-# Training ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> dict[tuple[str, str], Numbers]:
-    """What one rank that takes all of a step at once gets, by model and scope of the balance loss."""
-    return {
-        (model, scope): MockWorld(1).run(
-            train,
-            config_of(
-                tmp_path_factory.mktemp("one"),
-                data_folder,
-                *overrides,
-                f"train.tokens_per_step={8 * 16}",
-                "train.micro_batch=8",
-                f"router.balance_scope={scope}",
-            ),
-        )[0]
-        for model, overrides in MODELS.items()
-        for scope in ("global", "sequence")
-    }
-
-
-@pytest.mark.parametrize(
-    ("ranks", "tp", "ep", "micro_batch", "recompute", "model"),
-    [
-        (2, 2, 1, 8, "none", "qwen"),
-        (2, 2, 2, 2, "none", "qwen"),
-        (2, 2, 2, 1, "selective", "olmoe"),
-        (4, 2, 1, 4, "full", "olmoe"),
-        (4, 2, 4, 4, "none", "qwen"),
-        (4, 4, 2, 8, "none", "olmoe"),
-        (4, 4, 4, 2, "full", "olmoe"),
-        (8, 2, 4, 2, "none", "qwen"),
-        (8, 4, 8, 1, "selective", "olmoe"),
-        (4, 2, 2, 2, "selective", "olmoe parallel.fsdp=true"),
-        (8, 2, 4, 2, "none", "qwen parallel.fsdp=true"),
-        (8, 4, 2, 8, "full", "olmoe parallel.fsdp=true"),
-    ],
-)
-def test_training_does_not_depend_on_tensor_parallelism(
-    tmp_path: Path,
-    data_folder: Path,
-    one_rank: dict[tuple[str, str], Numbers],
-    ranks: int,
-    tp: int,
-    ep: int,
-    micro_batch: int,
-    recompute: str,
-    model: str,
-) -> None:
-    model, *engine = model.split()
-    # Over several micro-batches the global balance loss is another one.
-    scope = "global" if ranks // tp * micro_batch == 8 else "sequence"
-    config = config_of(
-        tmp_path,
-        data_folder,
-        *MODELS[model],
-        f"train.tokens_per_step={8 * 16}",
-        f"parallel.tp={tp}",
-        f"parallel.ep={ep}",
-        f"train.micro_batch={micro_batch}",
-        f"train.activation_checkpointing.mode={recompute}",
-        f"router.balance_scope={scope}",
-        *engine,
-    )
-    train_and_compare(ranks, config, one_rank[model, scope])
+# Held-out score ------------------------------------------------------------------------------------------------------
 
 
 def test_heldout_score_counts_every_target_once(tmp_path: Path, data_folder: Path) -> None:

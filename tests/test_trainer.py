@@ -19,13 +19,15 @@ import psutil
 import pytest
 import torch
 from ranks import free_port, run_ranks
+from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
 
 from moetrain.checkpoint import read_manifest
 from moetrain.config import Config, from_dict, load_config, to_yaml
 from moetrain.errors import CheckpointError, DataError, UserError
 from moetrain.evaluate import evaluate_command
 from moetrain.kernels import autotune
-from moetrain.trainer import Trainer, _rounding_warning, train
+from moetrain.trainer import Trainer, _rounding_warning, start_compile_workers, train
 
 SMALL: dict[str, Any] = {
     "model": {"dim": 32, "n_layers": 2, "n_heads": 2, "num_experts": 4, "expert_dim": 32, "shared_dim": 16},
@@ -215,6 +217,24 @@ def test_kernels_are_configured_and_their_compilation_is_reported_once(
     assert printed.count("compiled") == 1
     assert "first step: compiled 1 kernel in 0.5 s, 0 from cache" in printed
     assert configured == [True]
+
+
+@inductor_config.patch(compile_threads=2)
+def test_a_signal_to_the_whole_process_group_leaves_the_compilers_at_work() -> None:
+    """Without them torch waits for ever at the next compilation."""
+    AsyncCompile.process_pool.cache_clear()  # another test may have started one
+    before = set(psutil.Process().children())
+    start_compile_workers()
+    (started,) = set(psutil.Process().children()) - before
+    try:
+        doubled = AsyncCompile.process_pool().submit(len, "ab")
+        for process in (started, *started.children(recursive=True)):
+            process.send_signal(signal.SIGTERM)
+        assert doubled.result(timeout=60) == 2
+        assert AsyncCompile.process_pool().submit(len, "abc").result(timeout=60) == 3
+    finally:
+        AsyncCompile.process_pool().shutdown()
+        AsyncCompile.process_pool.cache_clear()
 
 
 def test_what_cannot_be_scored_is_refused_before_training(tmp_path: Path, data_folder: Path) -> None:

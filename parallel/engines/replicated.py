@@ -64,6 +64,12 @@ class ReplicatedEngine:
                 tensors[f"optim.{key}.{name}"] = self._logical(name, state) if state.dim() else state
         return tensors
 
+    def held(self, name: str) -> list[Tensor]:
+        """What this rank holds of a parameter, to be changed in place: its weights, and what the optimiser keeps for
+        each of them. Between two steps."""
+        parameter = self.parameters[name]
+        return [parameter.data, *(state for state in self.optimizer.state[parameter].values() if state.dim())]
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """They share memory with the weights and the optimiser's state: there is nothing left to do."""
 
