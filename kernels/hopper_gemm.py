@@ -108,8 +108,10 @@ class Work:
 
 @gluon.constexpr_function
 def last_columns(columns, block):
-    """Columns to compute of the last tile: half a tile where that is enough and whole ones come before."""
-    return block // 2 if columns > block and 0 < columns % block <= block // 2 else block
+    """Columns to compute of the last tile: half a tile where that is enough, whole ones come before, and it saves a
+    twentieth of the product or more (at 4% of 8192,2880,2880,32,4 the second path in the loop cost more, 6%)."""
+    tiles = (columns + block - 1) // block
+    return block // 2 if 1 < tiles <= 10 and 0 < columns % block <= block // 2 else block
 
 
 @gluon.jit
