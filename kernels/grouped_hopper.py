@@ -75,12 +75,13 @@ class ContiguousConfig:
 
 @dataclass(frozen=True)
 class WeightGradientConfig:
-    """Tiles of a product over an expert's rows, BLOCK_K of them a step; the narrower side is the gathered one."""
+    """Tiles of a product over an expert's rows, BLOCK_K of them a step: BLOCK columns of the gathered side by OTHER of
+    the contiguous one."""
 
-    BLOCK_P: int
-    BLOCK_Q: int
-    BLOCK_K: int
-    STAGES: int
+    BLOCK: int = 128
+    OTHER: int = 256
+    BLOCK_K: int = 64
+    STAGES: int = 4
     LOADER_WARPS: int = 4
     LOADER_REGISTERS: int = 56
     num_warps: int = 8
@@ -92,27 +93,43 @@ def _groupings(config: RowTiles) -> list[RowTiles]:
     return [replace(config, GROUP=group) for group in dict.fromkeys((config.GROUP, 1, 4, 16))]
 
 
-CONTIGUOUS = _groupings(ContiguousConfig())
 WIDE_GATHER = GatherConfig(BLOCK_N=256, BLOCK_K=64, STAGES=4, CHUNK=64)
 NARROW_GATHER = GatherConfig(BLOCK_N=128, BLOCK_K=64, STAGES=6, CHUNK=32)
 
 
 @functools.cache
-def gather_configs(columns: int, group: int) -> tuple[GatherConfig, ...]:
-    """For a GEMM with so many output columns, the likely one first."""
-    ordered = (NARROW_GATHER, WIDE_GATHER) if prefers_narrow(columns, rate=0.85) else (WIDE_GATHER, NARROW_GATHER)
-    return (*_groupings(replace(ordered[0], GROUP=group)), replace(ordered[1], GROUP=group))
+def up_configs(columns: int) -> tuple[GatherConfig, ...]:
+    """For the up projection with so many columns, the likely one first."""
+    ordered = (NARROW_GATHER, WIDE_GATHER) if columns <= 128 else (WIDE_GATHER, NARROW_GATHER)
+    first, second = (replace(config, GROUP=_group(columns, config.BLOCK_N)) for config in ordered)
+    return (*_groupings(first), second)
 
 
 @functools.cache
-def weight_gradient_configs(gather_left: bool, columns: int) -> tuple[WeightGradientConfig, ...]:
-    """256 (or 128) columns of the contiguous side, which has so many in all, by 128 of the gathered one."""
-    if gather_left:
-        wide = WeightGradientConfig(BLOCK_P=128, BLOCK_Q=256, BLOCK_K=64, STAGES=4)
-    else:
-        wide = WeightGradientConfig(BLOCK_P=256, BLOCK_Q=128, BLOCK_K=64, STAGES=4, LOADER_REGISTERS=40)
-    narrow = replace(wide, BLOCK_P=128, BLOCK_Q=128, STAGES=6)
-    return (narrow, wide) if prefers_narrow(columns, rate=0.7) else (wide, narrow)
+def hidden_gradient_configs(columns: int) -> tuple[GatherConfig, ...]:
+    """For the hidden gradient with so many columns, the likely one first.
+
+    They are few: those of a row tile at once, which read the gathered rows once, were 5% faster.
+    """
+    ordered = (NARROW_GATHER, WIDE_GATHER) if prefers_narrow(columns, rate=0.85) else (WIDE_GATHER, NARROW_GATHER)
+    return (*_groupings(replace(ordered[0], GROUP=1)), replace(ordered[1], GROUP=1))
+
+
+@functools.cache
+def contiguous_configs(columns: int) -> tuple[ContiguousConfig, ...]:
+    config = ContiguousConfig()
+    return tuple(_groupings(replace(config, GROUP=_group(columns, config.BLOCK_N))))
+
+
+def _group(columns: int, block: int) -> int:
+    """Groups of one row tile spread half tiles evenly over the programs: in groups of four nothing was gained."""
+    return 1 if hopper_gemm.last_columns(columns, block) < block else 4
+
+
+def weight_gradient_config(gather_left: bool, columns: int) -> WeightGradientConfig:
+    """For so many columns of the contiguous side."""
+    config = WeightGradientConfig(LOADER_REGISTERS=56 if gather_left else 48)
+    return replace(config, OTHER=128, STAGES=6) if columns <= 128 else config
 
 
 def prefers_narrow(columns: int, rate: float) -> bool:
@@ -140,7 +157,8 @@ def up_projection(
 
     def launch(config: GatherConfig) -> None:
         chunk = (config.BLOCK_M, config.CHUNK)
-        weight = _descriptor(w_up_EHD.view(experts, 2, inner, width), (1, 2, config.BLOCK_N // 2, config.BLOCK_K))
+        box = hopper_gemm.last_columns(hidden, config.BLOCK_N)
+        weight = _descriptor(w_up_EHD.view(experts, 2, inner, width), (1, 2, box // 2, config.BLOCK_K))
         hopper_gemm.up_projection_kernel[_programs(x_TD.device)](
             x_TD,
             weight,
@@ -159,7 +177,7 @@ def up_projection(
         )
 
     key = (*sizes(x_TD, routing), hidden, keep_hidden)
-    launch(autotune.choose("hopper up", key, gather_configs(hidden, group=4), launch))
+    launch(autotune.choose("hopper up", key, up_configs(hidden), launch))
     return h_NH, a_NI
 
 
@@ -200,9 +218,8 @@ def hidden_gradient(
         )
         return dweights_CN
 
-    # Its columns are few: those of a row tile at once, which read the gathered rows once, were 5% faster.
-    configs = gather_configs(inner, group=1)
-    dweights_CN = launch(autotune.choose("hopper hidden", (*sizes(dy_TD, routing), inner), configs, launch))
+    key = (*sizes(dy_TD, routing), inner)
+    dweights_CN = launch(autotune.choose("hopper hidden", key, hidden_gradient_configs(inner), launch))
     return dh_NH, weighted_a_NI, dweights_CN[0] if len(dweights_CN) == 1 else dweights_CN.sum(0)
 
 
@@ -234,7 +251,8 @@ def _contiguous(rows_NK: Tensor, weight: Tensor, routing: Routing, *, transposed
     out = rows_NK.new_empty(routing.num_pairs, columns)
 
     def launch(config: ContiguousConfig) -> None:
-        weight_block = (config.BLOCK_N, config.BLOCK_K) if transposed else (config.BLOCK_K, config.BLOCK_N)
+        box = hopper_gemm.last_columns(columns, config.BLOCK_N)
+        weight_block = (box, config.BLOCK_K) if transposed else (config.BLOCK_K, box)
         store_block = (config.BLOCK_M, config.STORE_N)
         hopper_gemm.contiguous_kernel[_programs(rows_NK.device)](
             _descriptor(rows_NK, (config.BLOCK_M, config.BLOCK_K)),
@@ -251,36 +269,32 @@ def _contiguous(rows_NK: Tensor, weight: Tensor, routing: Routing, *, transposed
         )
 
     key = (*sizes(rows_NK, routing), columns, transposed)
-    launch(autotune.choose("hopper contiguous", key, CONTIGUOUS, launch))
+    launch(autotune.choose("hopper contiguous", key, contiguous_configs(columns), launch))
     return out
 
 
 def _weight_gradient(gathered_TX: Tensor, contiguous_NX: Tensor, routing: Routing, *, gather_left: bool) -> Tensor:
-    left, right = (gathered_TX, contiguous_NX) if gather_left else (contiguous_NX, gathered_TX)
-    p, q = left.shape[1], right.shape[1]
-    out = left.new_empty(routing.num_experts, p, q)
-
-    def launch(config: WeightGradientConfig) -> None:
-        other = config.BLOCK_Q if gather_left else config.BLOCK_P
-        hopper_gemm.weight_gradient_kernel[_programs(left.device)](
-            gathered_TX,
-            _ragged_descriptor(contiguous_NX, (config.BLOCK_K, other)),
-            _descriptor(out, (1, config.BLOCK_P, config.BLOCK_Q // 2)),
-            routing.token_ids_N,
-            routing.expert_offsets,
-            routing.num_experts,
-            P=p,
-            Q=q,
-            **vars(config),
-            GATHER_LEFT=gather_left,
-            A_LAYOUT=_layout((config.BLOCK_K, config.BLOCK_P), left.dtype),
-            B_LAYOUT=_layout((config.BLOCK_K, config.BLOCK_Q), left.dtype),
-            BUFFER=_layout((config.BLOCK_P, config.BLOCK_Q // 2), left.dtype),
-        )
-
-    columns = contiguous_NX.shape[1]
-    key = (*sizes(gathered_TX, routing), columns, gather_left)
-    launch(autotune.choose("hopper weights", key, weight_gradient_configs(gather_left, columns), launch))
+    gathered, contiguous = gathered_TX.shape[1], contiguous_NX.shape[1]
+    p, q = (gathered, contiguous) if gather_left else (contiguous, gathered)
+    out = gathered_TX.new_empty(routing.num_experts, p, q)
+    config = weight_gradient_config(gather_left, contiguous)
+    rows_block, out_block = (config.BLOCK_K, config.OTHER // 2), (config.BLOCK, config.OTHER // 2)
+    layout = _layout(rows_block, gathered_TX.dtype)
+    hopper_gemm.weight_gradient_kernel[_programs(out.device)](
+        gathered_TX,
+        _ragged_descriptor(contiguous_NX, rows_block),
+        _descriptor(out, (1, *out_block)),
+        routing.token_ids_N,
+        routing.expert_offsets,
+        routing.num_experts,
+        GATHERED=gathered,
+        CONTIGUOUS=contiguous,
+        **vars(config),
+        GATHER_LEFT=gather_left,
+        A_LAYOUT=layout,
+        B_LAYOUT=layout,
+        BUFFER=_layout(out_block, out.dtype),
+    )
     return out
 
 
