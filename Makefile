@@ -10,7 +10,7 @@ train: $(READY)
 	$(BIN)/moetrain train tiny --nproc auto
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not gpu2"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu and not gpu2"
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m "gpu or gpu2"

@@ -133,7 +133,7 @@ def forward(
     rstd_R = torch.empty(rows, dtype=torch.float32, device=y.device)
     tile = choose_tile(width, y.element_size(), len(xs) + 1, blocks)
     with torch.cuda.device_of(y):
-        _forward_kernel[(blocks,)](
+        add_rmsnorm_forward_kernel[(blocks,)](
             tuple(xs),
             tuple(shards),
             residual_RD,
@@ -183,7 +183,7 @@ def backward(
     dweight_BD = torch.empty(blocks, width, dtype=torch.float32, device=h_RD.device)
     tile = choose_tile(width, dys[0].element_size(), len(dys) + 2, blocks, most=8192)  # registers hold no more
     with torch.cuda.device_of(h_RD):
-        _backward_kernel[(blocks,)](
+        add_rmsnorm_backward_kernel[(blocks,)](
             tuple(dys),
             tuple(shards),
             dresidual_RD,
@@ -217,7 +217,7 @@ def _meeting_arguments(meeting: Meeting | None) -> tuple[object, ...]:
 
 
 @triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"])
-def _forward_kernel(
+def add_rmsnorm_forward_kernel(
     xs,
     shards,
     residual,
@@ -279,7 +279,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"])
-def _backward_kernel(
+def add_rmsnorm_backward_kernel(
     dys,
     shards,
     dresidual,
