@@ -11,6 +11,7 @@ are the number and the length of its pieces: whole sequences, or equal parts of 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig
+from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig, RopeScalingConfig
 from moetrain.data import IGNORED
 from moetrain.kernels import GatedActivation, Routing, activate, choose_backend, expert_mlp
 from moetrain.parallel import (
@@ -77,12 +78,19 @@ class RMSNorm(nn.Module):
         return (wide * (mean_square + self.eps).rsqrt() * weight).to(x.dtype)
 
 
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, theta: float, device: torch.device, scaling: RopeScalingConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin [S, head_dim] of rotary position embedding (arXiv 2104.09864, eq. 15), float32.
 
     Halves are rotated against each other (dimension i with i + head_dim/2), as Hugging Face checkpoints have it.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    if scaling is not None:
+        waves = scaling.original_length * frequencies / (2 * math.pi)  # in a sequence of the original length
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((waves - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequencies).repeat(1, 2)
     return angles.cos().float(), angles.sin().float()
 
@@ -109,6 +117,8 @@ class Attention(nn.Module):
         self.wk = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
         self.wv = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
         self.wo = Linear(queries, model.dim, dtype=dtype)
+        self.out_bias = nn.Parameter(torch.empty(model.dim, dtype=dtype)) if model.out_bias else None
+        """For the sum of what the ranks return."""
         self.norm_per_head = model.qk_norm == "head"
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
@@ -269,7 +279,9 @@ class Block(nn.Module):
     def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
         h_BSD = gather_sequences(self.attention_norm(x_BSD), rotary[0].shape[0], self.tp_group)
         partial_BSD = self.attention(h_BSD, rotary, mask_B1SS)
-        return x_BSD + sum_to_pieces(partial_BSD, self.tp_group)
+        x_BSD = x_BSD + sum_to_pieces(partial_BSD, self.tp_group)
+        bias_D = self.attention.out_bias
+        return x_BSD if bias_D is None else x_BSD + bias_D.to(x_BSD.dtype)
 
 
 class Decoder(nn.Module):
@@ -457,7 +469,9 @@ class Decoder(nn.Module):
         """Tables for positions 0 … length − 1, made once."""
         if self._rotary is None or self._rotary[0].shape[0] < length:
             model = self.config.model
-            self._rotary = rotary_tables(length, model.head_width, model.rope_theta, self.embedding.device)
+            self._rotary = rotary_tables(
+                length, model.head_width, model.rope_theta, self.embedding.device, model.rope_scaling
+            )
         return self._rotary[0][:length], self._rotary[1][:length]
 
     def _apply_activation_checkpointing(self, config: ActivationCheckpointingConfig) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
 from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
-from moetrain.config import Config, check_world, config_hash, to_yaml
+from moetrain.config import Config, ModelConfig, check_world, config_hash, to_yaml
 from moetrain.data import (
     Batch,
     Dataset,
@@ -440,7 +440,8 @@ class Trainer:
         """What a checkpoint says of its run. Raises CheckpointError if that was of another model."""
         saved = read_manifest(source).progress
         old, new = saved["config"]["model"], self._config_as_json()["model"]
-        different = [f"model.{k}" for k, value in new.items() if old.get(k) != value]
+        unset = asdict(ModelConfig())  # what keys mean that were unknown then
+        different = [f"model.{k}" for k, value in new.items() if old.get(k, unset[k]) != value]
         if different:
             raise CheckpointError(
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "

@@ -54,6 +54,49 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
         {"qk_norm": "head", "head_dim": 16, "ffn_dim": 40, "first_dense_layers": 1},
         {"top_k": 3, "normalize": True},
     ),
+    "mixtral, stretched positions": (
+        "Mixtral",
+        {
+            "intermediate_size": 24,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        {"rope_theta": 50.0, "rope_scaling": {"factor": 4.0, "original_length": 32}},
+        {"top_k": 2, "score": "softmax_after_topk"},
+    ),
+    "qwen3, biases, a dense layer between": (
+        "Qwen3Moe",
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "head_dim": 8,
+            "intermediate_size": 40,
+            "attention_bias": True,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+        },
+        {
+            "qk_norm": "head",
+            "ffn_dim": 40,
+            "qkv_bias": True,
+            "out_bias": True,
+            "n_layers": 4,
+            "moe_every": 2,
+            "dense_layers": [1],
+        },
+        {"top_k": 3},
+    ),
     "qwen2": (
         "Qwen2Moe",
         {
@@ -74,7 +117,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
 def test_logits_are_those_of_transformers(family: str) -> None:
     prefix, theirs_config, model, router = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**COMMON, **theirs_config)
+    config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **theirs_config})
     theirs = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -127,7 +170,7 @@ def take(left: dict[str, Tensor], name: str) -> Tensor:
     if part == "ffn_norm.weight":
         return left.pop(base + "post_attention_layernorm.weight")
     if part.startswith("attention."):
-        module, kind = part.removeprefix("attention.").split(".")
+        module, kind = part.removeprefix("attention.").replace("out_", "wo.").split(".")
         return left.pop(f"{base}self_attn.{attention.get(module, module)}.{kind}")
     mlp = base + "mlp."
     if part == "ffn.router.weight":
