@@ -137,6 +137,18 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     if command == "checkpoint":
         _add_checkpoint_commands(checkpoint)
 
+    huggingface = _add_command(
+        commands,
+        "hf",
+        "from and to Hugging Face's transformers",
+        "Turn models of transformers into checkpoints, and checkpoints into models of transformers.",
+        "examples:\n"
+        "  moetrain hf import allenai/OLMoE-1B-7B-0924 --out olmoe\n"
+        "  moetrain hf export runs/mine --out mine --dtype bf16\n",
+    )
+    if command == "hf":
+        _add_huggingface_commands(huggingface)
+
     trace = _add_command(
         commands,
         "trace",
@@ -276,6 +288,37 @@ def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
     )
     run.add_convert_arguments(convert)
     convert.set_defaults(handler=run.convert_command)
+
+
+def _add_huggingface_commands(huggingface: argparse.ArgumentParser) -> None:
+    from moetrain.huggingface import commands as run  # it takes torch with it, as the data commands do
+
+    commands = huggingface.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    taken = _add_command(
+        commands,
+        "import",
+        "a model of transformers as a checkpoint",
+        "Write a model of transformers as a checkpoint, with its tokenizer and a config that trains on from it.\n"
+        "One tensor is in memory at a time.",
+        "examples:\n"
+        "  moetrain hf import allenai/OLMoE-1B-7B-0924 --out olmoe\n"
+        "  moetrain train olmoe/config.yaml data.path=data/mine --nproc auto\n",
+    )
+    run.add_import_arguments(taken)
+    taken.set_defaults(handler=run.import_command)
+    given = _add_command(
+        commands,
+        "export",
+        "a checkpoint as a model of transformers",
+        "Write a run's newest checkpoint, or the one given, as a folder that transformers loads: weights, config,\n"
+        "tokenizer, generation settings and a model card. One tensor is in memory at a time, on each process.",
+        "examples:\n"
+        "  moetrain hf export runs/mine --out mine --dtype bf16\n"
+        "  moetrain hf export runs/mine --out mine --lossy --nproc 4\n",
+    )
+    run.add_export_arguments(given)
+    add_launch_arguments(given, restarts=False)
+    given.set_defaults(handler=_export)
 
 
 def _add_place_arguments(place: argparse.ArgumentParser) -> None:
@@ -441,6 +484,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from moetrain.evaluate import evaluate_command
 
     return evaluate_command(arguments.target, arguments.overrides, arguments.json)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    processes = choose_processes(arguments, "cpu")
+    if processes.launcher != "none":
+        options = [f"--{name}={value}" for name in ("dtype", "tokenizer") if (value := getattr(arguments, name))]
+        lossy = ["--lossy"] if arguments.lossy else []
+        return start(processes, ["hf", "export", arguments.path, f"--out={arguments.out}", *options, *lossy], "cpu")
+    _prepare_worker()
+    from moetrain.huggingface.commands import export_command
+
+    return export_command(arguments)
 
 
 def _config(arguments: argparse.Namespace) -> int:
