@@ -669,13 +669,15 @@ def _write_checkpoint(
 # ----------------------------------------------------------------------------------------------------- loading
 
 
-def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *, strict: bool = True) -> dict[str, Any]:
+def load(
+    path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *, strict: bool = True, cast: bool = False
+) -> dict[str, Any]:
     """Fill `tensors` in place from the checkpoint `path`; returns the `progress` that was saved with them.
 
     DTensors and ScatteredTensors receive this rank's part, plain tensors the whole logical tensor, whatever the number
-    of ranks that wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype; with
-    `strict` the checkpoint must hold nothing else. Otherwise, and if it cannot be read, CheckpointError; then nothing
-    was changed, unless a file is damaged (see :func:`verify`).
+    of ranks that wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype (with
+    `cast`: any floating-point dtype for any other); with `strict` the checkpoint must hold nothing else. Otherwise, and
+    if it cannot be read, CheckpointError; then nothing was changed, unless a file is damaged (see :func:`verify`).
 
     Collective if `mesh` is given: an error on one rank is raised on all. Without a mesh each process loads by itself.
     """
@@ -683,7 +685,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *,
     def read() -> dict[str, Any]:
         manifest = read_manifest(path)
         try:
-            _check_fit(path, tensors, strict)
+            _check_fit(path, tensors, strict, cast)
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():  # that a load without collectives is meant for one process
                 warnings.simplefilter("ignore")
@@ -697,7 +699,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *,
     return read() if mesh is None else on_all_ranks(_located(read, mesh), mesh.host_group)[0]
 
 
-def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
+def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool, cast: bool) -> None:
     saved = contents(path)
     problems = []
     missing = sorted(tensors.keys() - saved.keys())
@@ -710,7 +712,8 @@ def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
     for name in sorted(tensors.keys() & saved.keys()):
         tensor, entry = tensors[name], saved[name]
         was, wanted = (entry.shape, entry.dtype), (tuple(tensor.shape), tensor.dtype)
-        if was != wanted:
+        castable = cast and entry.dtype.is_floating_point and tensor.dtype.is_floating_point
+        if was[0] != wanted[0] or (was[1] != wanted[1] and not castable):
             differing.append(f"{name} {list(was[0])} {was[1]}, wanted {list(wanted[0])} {wanted[1]}")
     if differing:
         problems.append(f"it holds {_few(differing)}")

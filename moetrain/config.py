@@ -317,6 +317,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: from the newest checkpoint of the run folder, if any; never: the run folder must be new; or the path of a
     checkpoint."""
+    init_from: str | None = None
+    """A run, a checkpoints folder or a checkpoint, as of `moetrain hf import`, with whose weights a run begins that has
+    no checkpoint to resume from. They are cast to train.param_dtype; steps, data and optimiser begin anew."""
     asynchronous: bool = True
     """Write in the background, from a copy in host memory."""
 
@@ -675,6 +678,13 @@ def check(config: Config) -> None:
         _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
     _require(
         config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
+    )
+    _require(
+        config.checkpoint.init_from is None or config.checkpoint.resume in ("auto", "never"),
+        "checkpoint.init_from",
+        config.checkpoint.init_from,
+        f"says how a run begins, but checkpoint.resume = {config.checkpoint.resume} goes on with another; set one of "
+        "them",
     )
     _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
 

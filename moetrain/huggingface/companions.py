@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import yaml
 
 from moetrain.checkpoint import Manifest, find_checkpoint, read_manifest
 from moetrain.config import Config, from_dict
-from moetrain.data import BytesTokenizer, HuggingFaceTokenizer, Tokenizer, open_dataset
+from moetrain.data import BytesTokenizer, Dataset, HuggingFaceTokenizer, Tokenizer, open_dataset
 from moetrain.errors import CheckpointError, DataError, HuggingFaceError
 
 TOKENIZER_FILES = (
@@ -119,22 +120,36 @@ def with_tokenizer(companions: Companions, manifest: Manifest, config: Config, f
     return replace(companions, files=files | dict(companions.files), config_json=known | dict(companions.config_json))
 
 
-def _data_tokenizer(manifest: Manifest, config: Config) -> Tokenizer | None:
-    """That of `data.path`, if the run has read from there and the data still are."""
-    if manifest.progress.get("data") is None:
-        return None
-    try:
-        return open_dataset(config.data).tokenizer()
-    except DataError:
-        return None
-
-
 def tokenizer_of(checkpoint: Path, manifest: Manifest) -> Tokenizer | None:
     """What makes text of a checkpoint's tokens: of the model that it began with, or of its run's data; else None."""
     definition = companions_of(checkpoint, manifest).files.get("tokenizer.json")
     if definition is not None:
         return HuggingFaceTokenizer(definition, str(checkpoint / "tokenizer.json"))
     return _data_tokenizer(manifest, from_dict(manifest.progress["config"], where=str(checkpoint)))
+
+
+def speaks_otherwise(checkpoint: Path, manifest: Manifest, dataset: Dataset) -> bool:
+    """Whether the data's tokens are known to be others than those of the checkpoint's model."""
+    definition = companions_of(checkpoint, manifest).files.get("tokenizer.json")
+    if definition is not None:
+        return dataset.tokenizer_identity.get("sha256") != hashlib.sha256(definition).hexdigest()
+    own = _data_of(manifest, from_dict(manifest.progress["config"], where=str(checkpoint)))
+    return own is not None and own.tokenizer_identity != dataset.tokenizer_identity
+
+
+def _data_tokenizer(manifest: Manifest, config: Config) -> Tokenizer | None:
+    dataset = _data_of(manifest, config)
+    return None if dataset is None else dataset.tokenizer()
+
+
+def _data_of(manifest: Manifest, config: Config) -> Dataset | None:
+    """What `data.path` holds, if the run has read from there and it still is there."""
+    if manifest.progress.get("data") is None:
+        return None
+    try:
+        return open_dataset(config.data)
+    except DataError:
+        return None
 
 
 def _bytes_definition() -> bytes:
