@@ -141,7 +141,8 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         commands,
         "hf",
         "from and to Hugging Face's transformers",
-        "Turn models of transformers into checkpoints, and checkpoints into models of transformers.",
+        "Turn models of transformers into checkpoints, checkpoints into models of transformers, and dense models into\n"
+        "mixtures of experts.",
         "examples:\n"
         "  moetrain hf import allenai/OLMoE-1B-7B-0924 --out olmoe\n"
         "  moetrain hf export runs/mine --out mine --dtype bf16\n",
@@ -319,6 +320,19 @@ def _add_huggingface_commands(huggingface: argparse.ArgumentParser) -> None:
     run.add_export_arguments(given)
     add_launch_arguments(given, restarts=False)
     given.set_defaults(handler=_export)
+
+    made = _add_command(
+        commands,
+        "upcycle",
+        "a dense model of transformers as a mixture of experts",
+        "Write a dense model of transformers as a checkpoint whose experts are copies of its feed-forward layers, or\n"
+        "parts of copies. Without noise it computes what the dense model does, before it is trained.",
+        "examples:\n"
+        "  moetrain hf upcycle Qwen/Qwen3-0.6B --out upcycled --experts 8 --top-k 2\n"
+        "  moetrain hf upcycle llama/ --out upcycled --experts 32 --top-k 8 --granularity 4 --noise 0.01\n",
+    )
+    run.add_upcycle_arguments(made)
+    made.set_defaults(handler=run.upcycle_command)
 
 
 def _add_place_arguments(place: argparse.ArgumentParser) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from moetrain.config import from_dict
+from moetrain.config import from_dict, load_config
 from moetrain.flops import parameters
 from moetrain.huggingface.exporting import export_model
 from moetrain.huggingface.families import FAMILIES
 from moetrain.huggingface.importing import import_model
-from moetrain.huggingface.reader import HuggingFaceModel
+from moetrain.huggingface.upcycling import Recipe, upcycle
+from moetrain.launch.processes import positive
 from moetrain.ranks import joined_mesh
 
 DTYPES = {
@@ -47,16 +48,55 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `moetrain hf upcycle`."""
+    dense = ", ".join(family.model_type for family in FAMILIES.values() if family.experts_key is None)
+    parser.add_argument("source", metavar="DIR_OR_REPO", help=f"{_SOURCE_HELP}: {dense}")
+    parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint to make")
+    parser.add_argument("--experts", type=positive, required=True, metavar="E", help="experts of a layer")
+    parser.add_argument("--top-k", type=positive, required=True, metavar="K", help="experts of a token")
+    parser.add_argument(
+        "--granularity",
+        type=positive,
+        default=1,
+        metavar="G",
+        help="cut each copy into G experts of 1/G of its width; must divide E, K and the width (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="normal noise on the copies, S times the deviation of their own numbers (default: none, and then the new "
+        "model computes what the dense one does)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of noise and routers (default: %(default)s)")
+
+
 def import_command(args: argparse.Namespace) -> int:
     """Run `moetrain hf import`; returns the exit code. Raises HuggingFaceError and CheckpointError."""
     out = Path(args.out)
-    _say_imported(import_model(args.source, out), args.source, out)
+    model = import_model(args.source, out)
+    count = parameters(model.config).total
+    print(f"{out}: {model.family.architecture} of {args.source}, {count:,} parameters in {model.dtype}")
+    _say_how_to_go_on(out)
     return 0
 
 
-def _say_imported(model: HuggingFaceModel, source: str, out: Path) -> None:
-    count = parameters(model.config)
-    print(f"{out}: {model.family.architecture} of {source}, {count.total:,} parameters in {model.dtype}")
+def upcycle_command(args: argparse.Namespace) -> int:
+    """Run `moetrain hf upcycle`; returns the exit code. Raises HuggingFaceError, CheckpointError and ConfigError."""
+    out = Path(args.out)
+    dense = upcycle(args.source, out, Recipe(args.experts, args.top_k, args.granularity, args.noise, args.seed))
+    before, after = parameters(dense.config), parameters(load_config(str(out / "config.yaml")))
+    print(
+        f"{out}: {args.experts} experts of {dense.family.architecture} of {args.source}: {before.total:,} parameters "
+        f"became {after.total:,}, {after.active:,} of a token"
+    )
+    _say_how_to_go_on(out)
+    return 0
+
+
+def _say_how_to_go_on(out: Path) -> None:
     print(f"train on from it: moetrain train {out / 'config.yaml'} data.path=…")
 
 

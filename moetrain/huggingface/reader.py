@@ -90,7 +90,7 @@ class HuggingFaceModel:
             self.config = from_dict(sections)
         except ConfigError as error:
             raise HuggingFaceError(f"{file}: {error}") from None
-        shapes = _shapes(self.config)
+        shapes = shapes_of(self.config)
         self._parts = {name: self._find(name, shape) for name, shape in shapes.items() if not is_ours_alone(name)}
         self._refuse_unused()
         self.dtype = self._common_dtype()
@@ -151,7 +151,8 @@ class HuggingFaceModel:
         return found.pop() if len(found) == 1 and torch.float16 not in found else torch.float32
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name → shape of all tensors of a model, router biases included; makes none of them."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
 
