@@ -117,6 +117,43 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     add_launch_arguments(evaluate, restarts=False)
     evaluate.set_defaults(handler=_evaluate)
 
+    generate = _add_command(
+        commands,
+        "generate",
+        "let a model speak",
+        "Print what the model of a run's newest checkpoint, or of the one given, writes after each prompt.",
+        "examples:\n"
+        "  moetrain generate runs/tiny --prompt 'def main('\n"
+        "  moetrain generate olmoe --prompt 'The sea is' --prompt 'Paris is' --temperature 0 --max-tokens 40\n",
+    )
+    generate.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
+    _add_overrides(generate)
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help="what to go on from, any number of times (default: the beginning of a document)",
+    )
+    generate.add_argument(
+        "--max-tokens", type=positive, default=128, metavar="N", help="tokens a prompt (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest token (default: %(default)g)"
+    )
+    generate.add_argument("--top-k", type=positive, metavar="K", help="choose among the K likeliest tokens")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest tokens that together have this probability (default: %(default)g)",
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--json", metavar="F", help="also write texts and tokens to this file")
+    add_launch_arguments(generate, restarts=False)
+    generate.set_defaults(handler=_generate)
+
     data = _add_command(
         commands,
         "data",
@@ -498,6 +535,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from moetrain.evaluate import evaluate_command
 
     return evaluate_command(arguments.target, arguments.overrides, arguments.json)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    processes = choose_processes(arguments, "auto")
+    prompts = arguments.prompts or [""]
+    if processes.launcher != "none":
+        values = {
+            "max-tokens": arguments.max_tokens,
+            "temperature": arguments.temperature,
+            "top-k": arguments.top_k,
+            "top-p": arguments.top_p,
+            "seed": arguments.seed,
+            "json": arguments.json,
+        }
+        options = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        options += [f"--prompt={prompt}" for prompt in prompts]
+        return start(processes, ["generate", arguments.target, *arguments.overrides, *options], "auto")
+    _prepare_worker()
+    from moetrain.generate import Options, Sampling, generate_command
+
+    sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    return generate_command(Options(arguments.target, prompts, sampling, arguments.overrides, arguments.json))
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -130,6 +130,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(keys, model.norm_eps, dtype, group=group)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
+        q, k, v = self.project(x_BSD, rotary)
+        y_BHSd = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.wo(y_BHSd.transpose(1, 2).flatten(-2))
+
+    def project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, S, d], normalised and rotated, as attention takes them."""
         q, k = self.wq(x_BSD), self.wk(x_BSD)
         if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -137,11 +145,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and self.norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        y_BHSd = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return self.wo(y_BHSd.transpose(1, 2).flatten(-2))
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
 
 class FeedForward(nn.Module):
@@ -427,7 +431,7 @@ class Decoder(nn.Module):
         `noise_seed` are described at :meth:`Router.forward`. The tp ranks of a share of the batch are all given all of
         its tokens, and each returns hidden states and statistics of its own part of them.
         """
-        rotary = self._rotary_tables(tokens_BS.shape[1])
+        rotary = self.rotary(tokens_BS.shape[1])
         mask = None if documents_BS is None else document_mask(documents_BS)
         embedded_BSD = embed(tokens_BS, self.embedding, self.tp_group).to(self.compute_dtype)
         x_BSD = sum_to_pieces(embedded_BSD, self.tp_group)
@@ -465,8 +469,8 @@ class Decoder(nn.Module):
             )
         return total
 
-    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Tables for positions 0 … length − 1, made once."""
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, d] for positions 0 … length − 1, made once."""
         if self._rotary is None or self._rotary[0].shape[0] < length:
             model = self.config.model
             self._rotary = rotary_tables(
