@@ -150,7 +150,15 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         help="choose among the likeliest tokens that together have this probability (default: %(default)g)",
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    generate.add_argument("--json", metavar="F", help="also write texts and tokens to this file")
+    generate.add_argument(
+        "--scheme",
+        choices=["ordinary", "context-coherent", "both"],
+        default="ordinary",
+        help="on several processes: how tokens reach others' experts. ordinary: there and back; context-coherent: they "
+        "stay there, for every process has all keys and values (ExFlow); both: one after the other, to compare "
+        "(default: %(default)s)",
+    )
+    generate.add_argument("--json", metavar="F", help="also write texts, tokens and traffic to this file")
     add_launch_arguments(generate, restarts=False)
     generate.set_defaults(handler=_generate)
 
@@ -547,16 +555,19 @@ def _generate(arguments: argparse.Namespace) -> int:
             "top-k": arguments.top_k,
             "top-p": arguments.top_p,
             "seed": arguments.seed,
+            "scheme": arguments.scheme,
             "json": arguments.json,
         }
         options = [f"--{name}={value}" for name, value in values.items() if value is not None]
         options += [f"--prompt={prompt}" for prompt in prompts]
         return start(processes, ["generate", arguments.target, *arguments.overrides, *options], "auto")
     _prepare_worker()
-    from moetrain.generate import Options, Sampling, generate_command
+    from moetrain.generate_command import Options, generate_command
+    from moetrain.generation import Sampling
 
+    schemes = ("ordinary", "context-coherent") if arguments.scheme == "both" else (arguments.scheme,)
     sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    return generate_command(Options(arguments.target, prompts, sampling, arguments.overrides, arguments.json))
+    return generate_command(Options(arguments.target, prompts, sampling, schemes, arguments.overrides, arguments.json))
 
 
 def _export(arguments: argparse.Namespace) -> int:

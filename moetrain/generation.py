@@ -9,28 +9,19 @@ S tokens of the longest, M positions in the cache, V vocabulary.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.checkpoint import Manifest, find_checkpoint, find_together, load, read_manifest
-from moetrain.config import Config, from_dict
-from moetrain.data import Tokenizer
-from moetrain.errors import ConfigError, UserError
-from moetrain.expert_placement import initial_placement
-from moetrain.files import write_text
-from moetrain.huggingface.companions import companions_of, tokenizer_of
-from moetrain.model import Block, Decoder, derive_seed
-from moetrain.parallel import any_rank, environment_world_size, on_all_ranks, on_rank_0, watchdog
-from moetrain.ranks import joined_mesh
-from moetrain.state import logical_tensors
+from moetrain.errors import ConfigError
+from moetrain.model import Block, Decoder, MoE, derive_seed
+from moetrain.parallel import any_rank, on_all_ranks, watchdog
+from moetrain.parallel.context_coherent import ContextCoherentExchange
+from moetrain.parallel.dispatch import Exchange
 
 
 @dataclass(frozen=True)
@@ -119,6 +110,32 @@ class Cache:
         return x_TD if bias_D is None else x_TD + bias_D.to(x_TD.dtype)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What ranks send one another."""
+
+    rows: int = 0
+    """Of hidden states, to other ranks."""
+    row_exchanges: int = 0
+    """All-to-alls of these, counted on each rank."""
+    exchanges: int = 0
+    """All-to-alls of any kind, counted on each rank."""
+    bytes: int = 0
+    context_bytes: int = 0
+    """Of `bytes`, those of keys, values and tokens that all ranks get."""
+
+    @staticmethod
+    def of(exchange: Exchange) -> Traffic:
+        context = exchange.context_bytes if isinstance(exchange, ContextCoherentExchange) else 0
+        return Traffic(exchange.rows_sent, exchange.row_exchanges, exchange.exchanges, exchange.bytes_sent, context)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Traffic)))
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Traffic)))
+
+
 class Generator:
     """Continues prompts under ordinary expert parallelism: each rank has sequences of its own, whose tokens visit their
     experts and return. Every method is collective.
@@ -147,15 +164,31 @@ class Generator:
         self.here = self.own
         """The sequences whose last token is on this rank, and that go on."""
         self.cache = Cache(model, len(prompts), max(map(len, prompts)) + sampling.max_tokens)
+        self.sent = Traffic()
 
     @torch.no_grad()
     def run(self) -> list[list[int]]:
         """The continuations of all prompts, a token that ended one included."""
         self._read_prompts()
+        before = self._sent()
         while self._goes_on():
             watchdog.moved("generation")
             self._step()
+        self.sent = self._sent() - before
         return self._continuations()
+
+    def traffic(self) -> Traffic:
+        """What the ranks have sent one another in :meth:`run`, after the prompts were read; collective."""
+        if self.model.mesh is None:
+            return self.sent
+        return sum(on_all_ranks(lambda: self.sent, self.model.mesh.host_group), start=Traffic())
+
+    def _exchanges(self) -> list[Exchange]:
+        dispatchers = [cast(MoE, self.model.blocks[layer].ffn).dispatcher for layer in self.model.moe_layers]
+        return [dispatcher for dispatcher in dispatchers if isinstance(dispatcher, Exchange)]
+
+    def _sent(self) -> Traffic:
+        return sum(map(Traffic.of, self._exchanges()), start=Traffic())
 
     def _read_prompts(self) -> None:
         tokens = [(n, place, token) for n in self.own for place, token in enumerate(self.texts[n])]
@@ -221,103 +254,72 @@ class Generator:
         return table.view(-1, columns).unbind(1)
 
 
-def generation_config(saved: dict[str, Any], ranks: int, overrides: Sequence[str], where: str) -> Config:
-    """A run's config for `ranks` ranks that share its experts and nothing else."""
-    return from_dict(
-        saved,
-        [
-            "parallel.dp=null",
-            "parallel.tp=1",
-            f"parallel.ep={ranks}",
-            "parallel.wire=compute",
-            "parallel.fsdp=false",
-            "parallel.engine=torch",
-            "parallel.deepspeed={}",
-            "placement.file=null",
-            "placement.rebalance.every=0",
-            "placement.trace.every=0",
-            "router.balance_scope=rank",  # nobody asks for the balance
-            *overrides,
-        ],
-        where=where,
-    )
+class ContextCoherentGenerator(Generator):
+    """Continues prompts under context-coherent expert parallelism: after the prompts every rank has the keys and values
+    of all sequences, and a token goes on from where its last expert was."""
 
+    def __init__(self, model: Decoder, *arguments: Any, **options: Any):
+        super().__init__(model, *arguments, **options)
+        assert model.mesh is not None
+        self.exchange = ContextCoherentExchange(model.mesh.ep_group)
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
+    def _exchanges(self) -> list[Exchange]:
+        return [*super()._exchanges(), self.exchange]
 
-    target: str
-    prompts: Sequence[str]
-    sampling: Sampling
-    overrides: Sequence[str] = ()
-    json: str | None = None
+    def _read_prompts(self) -> None:
+        super()._read_prompts()
+        places = [(n, place) for n in self.own for place in range(len(self.prompts[n]))]
+        sequence_T, place_T = self._on_device(places, columns=2)
+        kv = self.cache.kv
+        got = self.exchange.share(kv[:, :, sequence_T, :, place_T], torch.stack([sequence_T, place_T], 1))
+        kv[:, :, got[1][:, 0], :, got[1][:, 1]] = got[0]
 
+    def _step(self) -> None:
+        place_B = self._on_device([(len(text) - 1,) for text in self.texts], columns=1)[0]
+        sequence_T, token_T = self._on_device([(n, self.texts[n][-1]) for n in self.here], columns=2)
+        x_TD, computed = self._embed(token_T), []
+        for layer, module in enumerate(self.model.blocks):
+            block = cast(Block, module)
+            x_TD = self.cache.attend(layer, block, x_TD, sequence_T, place_B[sequence_T])
+            computed.append(sequence_T)
+            if block.is_moe:
+                x_TD, sequence_T = self._visit(block, x_TD, sequence_T)
+            else:
+                x_TD = x_TD + self._feed_forward(block, block.ffn_norm(x_TD))
+        self._choose(x_TD, sequence_T.tolist())
+        self._share_context(computed, place_B)
 
-def generate_command(options: Options) -> int:
-    """Continue the prompts with the model of a run's newest checkpoint, or of the one given; returns the exit code."""
-    options.sampling.check()
-    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: no such folder")
-    checkpoint = find_checkpoint(Path(options.target), checksums=False)
-    manifest = read_manifest(checkpoint)
-    config = generation_config(
-        manifest.progress["config"], environment_world_size(), options.overrides, str(checkpoint)
-    )
-    with joined_mesh(config) as mesh:
-        checkpoint = find_together(checkpoint, mesh)
-        tokenizer = on_rank_0(lambda: _tokenizer(checkpoint, manifest), mesh.host_group)
-        placement, _ = on_rank_0(lambda: initial_placement(config, None), mesh.host_group)
-        with torch.device(mesh.device):
-            model = Decoder(config, mesh, None if placement is None else placement.slots)
-        load(checkpoint, logical_tensors(model), mesh, strict=False)
-        prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.end_of_document] for prompt in options.prompts]
-        stop = _stop_tokens(tokenizer, companions_of(checkpoint, manifest).config_json)
-        vocabulary = min(tokenizer.vocab_size, config.model.vocab_size)
-        start = time.perf_counter()
-        generator = Generator(model, prompts, options.sampling, stop, vocabulary)
-        continuations = generator.run()
-        seconds = time.perf_counter() - start
-        if mesh.rank == 0:
-            _print(options, tokenizer, prompts, continuations, stop, seconds)
-    return 0
+    def _visit(self, block: Block, x_TD: Tensor, sequence_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that are here after their experts, of whichever sequences."""
+        moe = cast(MoE, block.ffn)
+        routing, _ = moe.router(block.ffn_norm(x_TD)[None])
+        if moe.slots is not None:
+            routing = routing.renumbered(moe.slots.slot_E)
+        top_k = self.model.config.router.top_k
+        pairs_TK = routing.pair_ids_N.view(len(x_TD), top_k)
+        experts_TK, weights_TK = routing.expert_ids_N[pairs_TK], routing.weights_N[pairs_TK]
+        arrived = self.exchange.move(x_TD, sequence_T, experts_TK, weights_TK, routing.num_experts)
+        h_RD = block.ffn_norm(arrived.x_RD)
+        y_RD = moe.experts(h_RD, arrived.routing)
+        if moe.shared is not None:
+            y_RD = y_RD + moe.shared(h_RD) * (arrived.home_R == self.rank)[:, None]
+        return self.exchange.settle(arrived.x_RD, y_RD, arrived, top_k)
 
+    def _share_context(self, computed: list[Tensor], place_B: Tensor) -> None:
+        """All ranks get the keys and values that any has computed, and so can go on with any sequence."""
+        kv = self.cache.kv
+        layer_N = torch.repeat_interleave(torch.tensor([len(t) for t in computed], device=place_B.device))
+        sequence_N = torch.cat(computed)
+        mine = kv[layer_N, :, sequence_N, :, place_B[sequence_N]]
+        kv_N, where_N = self.exchange.share(mine, torch.stack([layer_N, sequence_N], 1))
+        layer_N, sequence_N = where_N.unbind(1)
+        kv[layer_N, :, sequence_N, :, place_B[sequence_N]] = kv_N
 
-def _tokenizer(checkpoint: Path, manifest: Manifest) -> Tokenizer:
-    tokenizer = tokenizer_of(checkpoint, manifest)
-    if tokenizer is None:
-        raise UserError(
-            f"{checkpoint}: its tokenizer is not there: neither in the model that it began with nor in data.path"
-        )
-    return tokenizer
+    def _append(self, sequences: list[int], tokens: list[int]) -> None:
+        mine = self._on_device(list(zip(sequences, tokens, strict=True)), columns=2)
+        for n, token in self.exchange.share(torch.stack(mine, 1))[0].tolist():
+            self.texts[n].append(token)
+        self.here = [n for n in sequences if not self._ended(n)]
 
-
-def _stop_tokens(tokenizer: Tokenizer, config_json: Mapping[str, Any]) -> frozenset[int]:
-    """What ends a document, or by its config a model's answer."""
-    own = config_json.get("eos_token_id")
-    return frozenset([tokenizer.end_of_document, *(own if isinstance(own, list) else [own])]) - {None}
-
-
-def _print(
-    options: Options,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    continuations: list[list[int]],
-    stop: frozenset[int],
-    seconds: float,
-) -> None:
-    texts = [[token for token in tokens if token not in stop] for tokens in continuations]
-    for prompt, text in zip(prompts, texts, strict=True):
-        # Of both at once: what a token stands for may depend on the one before it.
-        print(tokenizer.decode([token for token in prompt if token not in stop] + text) + "\n")
-    tokens = sum(map(len, continuations))
-    print(f"{tokens:,} tokens in {seconds:.1f} s")
-    if options.json is not None:
-        result = {
-            "continuations": [
-                {"prompt": prompt, "text": tokenizer.decode(text), "tokens": tokens}
-                for prompt, text, tokens in zip(options.prompts, texts, continuations, strict=True)
-            ],
-            "seconds": seconds,
-        }
-        write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
+    def _goes_on(self) -> bool:
+        return not all(map(self._ended, range(len(self.texts))))
