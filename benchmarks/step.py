@@ -213,7 +213,8 @@ def _check_peer(config: Config, world_size: int) -> None:
     except ImportError:
         raise ConfigError("--peer transformers: it is not installed; install moetrain[hf]") from None
     model = config.model
-    olmoe = model.qk_norm == "full" and model.activation == "swiglu" and not (model.shared_dim or model.qkv_bias)
+    others = model.shared_dim or model.qkv_bias or model.out_bias or model.rope_scaling
+    olmoe = model.qk_norm == "full" and model.activation == "swiglu" and not others
     if not olmoe or not all(map(model.is_moe_layer, range(model.n_layers))) or config.router.score != "softmax":
         raise ConfigError("--peer transformers: compares OLMoE only; this config describes another architecture")
 

@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 import moetrain
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, UserError
 from moetrain.files import folder_written_aside, fsync_folder, sha256, written_aside
 from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0, raise_together
@@ -208,50 +209,67 @@ def find_resume(folder: Path, resume: str, mesh: Mesh) -> Path | None:
     CheckpointError where starting would lose something: never, but there are checkpoints; auto, but all are damaged;
     a path that :func:`find_checkpoint` refuses.
     """
+    if resume not in ("auto", "never"):
+        on_rank_0(_located(lambda: _refuse_file(folder), mesh), mesh.host_group)
+        return find_together(Path(resume), mesh, "checkpoint.resume = ", "give auto, never, or the path of a run, ")
 
     def candidates() -> list[Path]:
         _refuse_file(folder)
         found = [path for _, path in _checkpoints(folder)]
-        if resume == "auto":
-            return found
-        if resume == "never":
-            if found:
-                raise CheckpointError(
-                    f"{folder} holds checkpoints, but checkpoint.resume = never: choose another run.dir or "
-                    "checkpoint.resume=auto"
-                )
-            return []
-        if not Path(resume).is_dir():
+        if found and resume == "never":
             raise CheckpointError(
-                f"checkpoint.resume = {resume}: no such folder; give auto, never, or the path of a run, a checkpoints "
-                "folder or a checkpoint"
+                f"{folder} holds checkpoints, but checkpoint.resume = never: choose another run.dir or "
+                "checkpoint.resume=auto"
             )
-        return _meant(Path(resume))
-
-    def check(path: Path) -> list[str]:
-        # Reading terabytes takes longer than a collective waits, so no rank reads them for the others.
-        problems = on_rank_0(_located(lambda: verify(path, checksums=False), mesh), mesh.host_group)
-        if problems:
-            return problems
-        part = slice(mesh.rank, None, mesh.world_size)
-        found = on_all_ranks(_located(lambda: verify(path, part=part), mesh), mesh.host_group)
-        return [problem for problems in found for problem in problems]
+        return found
 
     paths = on_rank_0(_located(candidates, mesh), mesh.host_group)
+
+    def newest() -> Path | None:
+        found = _first_whole(paths, partial(_verify_together, mesh=mesh))
+        if found is None and paths:
+            raise CheckpointError(
+                f"{folder}: every checkpoint is damaged; move them away or choose another run.dir to start anew"
+            )
+        return found
+
+    return _told_by_rank_0(newest, mesh)
+
+
+def find_together(path: Path, mesh: Mesh, key: str = "", instead: str = "give a run, ") -> Path:
+    """:func:`find_checkpoint`, of whose files each rank verifies a part; collective.
+
+    `key` and `instead` are how an error begins that there is no such folder, and that it tells what else may stand
+    there.
+    """
+
+    def candidates() -> list[Path]:
+        if not path.is_dir():
+            raise CheckpointError(f"{key}{path}: no such folder; {instead}a checkpoints folder or a checkpoint")
+        return _meant(path)
+
+    paths = on_rank_0(_located(candidates, mesh), mesh.host_group)
+    return _told_by_rank_0(lambda: _choose(path, paths, partial(_verify_together, mesh=mesh)), mesh)
+
+
+def _verify_together(path: Path, mesh: Mesh) -> list[str]:
+    """:func:`verify`, shared among the ranks: reading terabytes takes longer than a collective waits."""
+    problems = on_rank_0(_located(lambda: verify(path, checksums=False), mesh), mesh.host_group)
+    if problems:
+        return problems
+    part = slice(mesh.rank, None, mesh.world_size)
+    found = on_all_ranks(_located(lambda: verify(path, part=part), mesh), mesh.host_group)
+    return [problem for problems in found for problem in problems]
+
+
+def _told_by_rank_0(work: Callable[[], T], mesh: Mesh) -> T:
+    """What `work`, collective, finds on all ranks; warnings are rank 0's, and errors everybody's."""
     error: CheckpointError | None = None
-    found: Path | None = None
     with warnings.catch_warnings():
-        if mesh.rank > 0:  # rank 0 says it
+        if mesh.rank > 0:
             warnings.simplefilter("ignore")
         try:
-            if resume in ("auto", "never"):
-                found = _first_whole(paths, check)
-                if found is None and paths:
-                    raise CheckpointError(
-                        f"{folder}: every checkpoint is damaged; move them away or choose another run.dir to start anew"
-                    )
-            else:
-                found = _choose(Path(resume), paths, check)
+            found = work()
         except CheckpointError as caught:
             error = caught
     raise_together(error, mesh)
@@ -345,7 +363,7 @@ def _reason(error: BaseException) -> str:
     """One line that says what went wrong, without DCP's tracebacks."""
     if isinstance(error, CheckpointException):
         return _reason(next(iter(error.failures.values()))[0])
-    if isinstance(error, CheckpointError | OSError):
+    if isinstance(error, UserError | OSError):
         return str(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -575,9 +593,10 @@ class _Writer(dcp.FileSystemWriter):
     sender then raises something else and the other ranks wait for it until they time out.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, single_file: bool = True) -> None:
+        """`single_file` False: one for each tensor. DCP keeps the tensors of a file until it is written."""
         # No copy ahead: the data is in host memory, and in this thread CUDA's current device is GPU 0 on every rank.
-        super().__init__(folder, per_thread_copy_ahead=0)
+        super().__init__(folder, single_file_per_rank=single_file, per_thread_copy_ahead=0)
         self._folder = folder
         self._names: set[str] = set()
         self._error: Exception | None = None
@@ -608,24 +627,32 @@ class _Writer(dcp.FileSystemWriter):
         return {name: FileEntry(file.stat().st_size, sha256(file)) for name, file in files.items()}
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+) -> None:
     """Write whole tensors as the new checkpoint `path`, in this process alone; raises CheckpointError.
 
-    `like`: step, world_size, ep and progress of the manifest; the versions are this process's.
+    `like`: step, world_size, ep and progress of the manifest; the versions are this process's. `files`: contents of
+    further files in the same folder, by name. Tensors are looked at one after the other.
     """
     try:
-        _write_checkpoint(path, tensors, like)
+        _write_checkpoint(path, tensors, like, files or {})
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
-def _write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
+def _write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any], files: Mapping[str, bytes]
+) -> None:
     with folder_written_aside(path) as aside:
-        writer = _Writer(aside)
+        writer = _Writer(aside, single_file=False)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with warnings.catch_warnings():  # that a save without collectives is meant for one process
             warnings.simplefilter("ignore")
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+        for name, content in files.items():
+            (aside / name).write_bytes(content)
+        added = {name: FileEntry(len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             step=like["step"],
@@ -634,7 +661,7 @@ def _write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[s
             world_size=like["world_size"],
             ep=like["ep"],
             progress=like["progress"],
-            files=writer.files(),
+            files=writer.files() | added,
         )
         _write_manifest(aside, manifest)
 
@@ -642,13 +669,15 @@ def _write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[s
 # ----------------------------------------------------------------------------------------------------- loading
 
 
-def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *, strict: bool = True) -> dict[str, Any]:
+def load(
+    path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *, strict: bool = True, cast: bool = False
+) -> dict[str, Any]:
     """Fill `tensors` in place from the checkpoint `path`; returns the `progress` that was saved with them.
 
     DTensors and ScatteredTensors receive this rank's part, plain tensors the whole logical tensor, whatever the number
-    of ranks that wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype; with
-    `strict` the checkpoint must hold nothing else. Otherwise, and if it cannot be read, CheckpointError; then nothing
-    was changed, unless a file is damaged (see :func:`verify`).
+    of ranks that wrote it. Every name in `tensors` must be in the checkpoint with the same shape and dtype (with
+    `cast`: any floating-point dtype for any other); with `strict` the checkpoint must hold nothing else. Otherwise, and
+    if it cannot be read, CheckpointError; then nothing was changed, unless a file is damaged (see :func:`verify`).
 
     Collective if `mesh` is given: an error on one rank is raised on all. Without a mesh each process loads by itself.
     """
@@ -656,7 +685,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *,
     def read() -> dict[str, Any]:
         manifest = read_manifest(path)
         try:
-            _check_fit(path, tensors, strict)
+            _check_fit(path, tensors, strict, cast)
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():  # that a load without collectives is meant for one process
                 warnings.simplefilter("ignore")
@@ -670,7 +699,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh | None = None, *,
     return read() if mesh is None else on_all_ranks(_located(read, mesh), mesh.host_group)[0]
 
 
-def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
+def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool, cast: bool) -> None:
     saved = contents(path)
     problems = []
     missing = sorted(tensors.keys() - saved.keys())
@@ -683,7 +712,8 @@ def _check_fit(path: Path, tensors: Mapping[str, Tensor], strict: bool) -> None:
     for name in sorted(tensors.keys() & saved.keys()):
         tensor, entry = tensors[name], saved[name]
         was, wanted = (entry.shape, entry.dtype), (tuple(tensor.shape), tensor.dtype)
-        if was != wanted:
+        castable = cast and entry.dtype.is_floating_point and tensor.dtype.is_floating_point
+        if was[0] != wanted[0] or (was[1] != wanted[1] and not castable):
             differing.append(f"{name} {list(was[0])} {was[1]}, wanted {list(wanted[0])} {wanted[1]}")
     if differing:
         problems.append(f"it holds {_few(differing)}")

@@ -117,6 +117,51 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     add_launch_arguments(evaluate, restarts=False)
     evaluate.set_defaults(handler=_evaluate)
 
+    generate = _add_command(
+        commands,
+        "generate",
+        "let a model speak",
+        "Print what the model of a run's newest checkpoint, or of the one given, writes after each prompt.",
+        "examples:\n"
+        "  moetrain generate runs/tiny --prompt 'def main('\n"
+        "  moetrain generate olmoe --prompt 'The sea is' --prompt 'Paris is' --temperature 0 --max-tokens 40\n",
+    )
+    generate.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
+    _add_overrides(generate)
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help="what to go on from, any number of times (default: the beginning of a document)",
+    )
+    generate.add_argument(
+        "--max-tokens", type=positive, default=128, metavar="N", help="tokens a prompt (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest token (default: %(default)g)"
+    )
+    generate.add_argument("--top-k", type=positive, metavar="K", help="choose among the K likeliest tokens")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest tokens that together have this probability (default: %(default)g)",
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    generate.add_argument(
+        "--scheme",
+        choices=["ordinary", "context-coherent", "both"],
+        default="ordinary",
+        help="on several processes: how tokens reach others' experts. ordinary: there and back; context-coherent: they "
+        "stay there, for every process has all keys and values (ExFlow); both: one after the other, to compare "
+        "(default: %(default)s)",
+    )
+    generate.add_argument("--json", metavar="F", help="also write texts, tokens and traffic to this file")
+    add_launch_arguments(generate, restarts=False)
+    generate.set_defaults(handler=_generate)
+
     data = _add_command(
         commands,
         "data",
@@ -136,6 +181,19 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
     )
     if command == "checkpoint":
         _add_checkpoint_commands(checkpoint)
+
+    huggingface = _add_command(
+        commands,
+        "hf",
+        "from and to Hugging Face's transformers",
+        "Turn models of transformers into checkpoints, checkpoints into models of transformers, and dense models into\n"
+        "mixtures of experts.",
+        "examples:\n"
+        "  moetrain hf import allenai/OLMoE-1B-7B-0924 --out olmoe\n"
+        "  moetrain hf export runs/mine --out mine --dtype bf16\n",
+    )
+    if command == "hf":
+        _add_huggingface_commands(huggingface)
 
     trace = _add_command(
         commands,
@@ -276,6 +334,50 @@ def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
     )
     run.add_convert_arguments(convert)
     convert.set_defaults(handler=run.convert_command)
+
+
+def _add_huggingface_commands(huggingface: argparse.ArgumentParser) -> None:
+    from moetrain.huggingface import commands as run  # it takes torch with it, as the data commands do
+
+    commands = huggingface.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    taken = _add_command(
+        commands,
+        "import",
+        "a model of transformers as a checkpoint",
+        "Write a model of transformers as a checkpoint, with its tokenizer and a config that trains on from it.\n"
+        "One tensor is in memory at a time.",
+        "examples:\n"
+        "  moetrain hf import allenai/OLMoE-1B-7B-0924 --out olmoe\n"
+        "  moetrain train olmoe/config.yaml data.path=data/mine --nproc auto\n",
+    )
+    run.add_import_arguments(taken)
+    taken.set_defaults(handler=run.import_command)
+    given = _add_command(
+        commands,
+        "export",
+        "a checkpoint as a model of transformers",
+        "Write a run's newest checkpoint, or the one given, as a folder that transformers loads: weights, config,\n"
+        "tokenizer, generation settings and a model card. One tensor is in memory at a time, on each process.",
+        "examples:\n"
+        "  moetrain hf export runs/mine --out mine --dtype bf16\n"
+        "  moetrain hf export runs/mine --out mine --lossy --nproc 4\n",
+    )
+    run.add_export_arguments(given)
+    add_launch_arguments(given, restarts=False)
+    given.set_defaults(handler=_export)
+
+    made = _add_command(
+        commands,
+        "upcycle",
+        "a dense model of transformers as a mixture of experts",
+        "Write a dense model of transformers as a checkpoint whose experts are copies of its feed-forward layers, or\n"
+        "parts of copies. Without noise it computes what the dense model does, before it is trained.",
+        "examples:\n"
+        "  moetrain hf upcycle Qwen/Qwen3-0.6B --out upcycled --experts 8 --top-k 2\n"
+        "  moetrain hf upcycle llama/ --out upcycled --experts 32 --top-k 8 --granularity 4 --noise 0.01\n",
+    )
+    run.add_upcycle_arguments(made)
+    made.set_defaults(handler=run.upcycle_command)
 
 
 def _add_place_arguments(place: argparse.ArgumentParser) -> None:
@@ -459,6 +561,43 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from moetrain.evaluate import evaluate_command
 
     return evaluate_command(arguments.target, arguments.overrides, arguments.json)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    processes = choose_processes(arguments, "auto")
+    prompts = arguments.prompts or [""]
+    if processes.launcher != "none":
+        values = {
+            "max-tokens": arguments.max_tokens,
+            "temperature": arguments.temperature,
+            "top-k": arguments.top_k,
+            "top-p": arguments.top_p,
+            "seed": arguments.seed,
+            "scheme": arguments.scheme,
+            "json": arguments.json,
+        }
+        options = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        options += [f"--prompt={prompt}" for prompt in prompts]
+        return start(processes, ["generate", arguments.target, *arguments.overrides, *options], "auto")
+    _prepare_worker()
+    from moetrain.generate_command import Options, generate_command
+    from moetrain.generation import Sampling
+
+    schemes = ("ordinary", "context-coherent") if arguments.scheme == "both" else (arguments.scheme,)
+    sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    return generate_command(Options(arguments.target, prompts, sampling, schemes, arguments.overrides, arguments.json))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    processes = choose_processes(arguments, "cpu")
+    if processes.launcher != "none":
+        options = [f"--{name}={value}" for name in ("dtype", "tokenizer") if (value := getattr(arguments, name))]
+        lossy = ["--lossy"] if arguments.lossy else []
+        return start(processes, ["hf", "export", arguments.path, f"--out={arguments.out}", *options, *lossy], "cpu")
+    _prepare_worker()
+    from moetrain.huggingface.commands import export_command
+
+    return export_command(arguments)
 
 
 def _config(arguments: argparse.Namespace) -> int:

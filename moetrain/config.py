@@ -38,6 +38,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary frequencies for longer texts than a model was first trained on, as Llama 3.1 has them: wave lengths beyond
+    original_length / low_freq_factor are stretched by factor, those below original_length / high_freq_factor are left,
+    and those between are mixed."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+    """Tokens of a sequence before."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of the decoder. Wide enough for Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE."""
 
@@ -60,16 +73,22 @@ class ModelConfig:
     """The first k layers have a dense feed-forward network."""
     moe_every: int = 1
     """Of the others, every n-th layer is an MoE layer: those whose (1-based) number is a multiple of n."""
+    dense_layers: list[int] = field(default_factory=list)
+    """And of those the layers with these (0-based) indices are dense none the less."""
     shared_dim: int = 0
     """Width of the shared expert that sees every token; 0: none."""
     shared_gate: bool = False
     """Scale the shared expert's output by sigmoid(x·w) (Qwen2-MoE)."""
     activation: Literal["swiglu", "geglu", "reglu"] = "swiglu"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    """null: positions as rope_theta has them."""
     norm_eps: float = 1e-5
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMSNorm on queries and keys: over each head (Qwen3) or over all heads at once (OLMoE)."""
     qkv_bias: bool = False
+    out_bias: bool = False
+    """A bias on attention's output."""
     tie_embeddings: bool = False
     init_std: float = 0.02
 
@@ -83,7 +102,8 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with this 0-based index has experts."""
-        return self.num_experts > 0 and layer >= self.first_dense_layers and (layer + 1) % self.moe_every == 0
+        in_turn = layer >= self.first_dense_layers and (layer + 1) % self.moe_every == 0
+        return self.num_experts > 0 and in_turn and layer not in self.dense_layers
 
 
 @dataclass(frozen=True)
@@ -306,6 +326,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: from the newest checkpoint of the run folder, if any; never: the run folder must be new; or the path of a
     checkpoint."""
+    init_from: str | None = None
+    """A run, a checkpoints folder or a checkpoint, as of `moetrain hf import`, with whose weights a run begins that has
+    no checkpoint to resume from. They are cast to train.param_dtype; steps, data and optimiser begin anew."""
     asynchronous: bool = True
     """Write in the background, from a copy in host memory."""
 
@@ -535,6 +558,23 @@ def check(config: Config) -> None:
     }.items():
         _require(0 <= value < math.inf, key, value, "must not be negative or infinite")
 
+    for layer in model.dense_layers:
+        _require(
+            0 <= layer < model.n_layers,
+            "model.dense_layers",
+            layer,
+            f"is no layer: they are 0 to {model.n_layers - 1}",
+        )
+    if model.rope_scaling is not None:
+        scaling = model.rope_scaling
+        for key, value in asdict(scaling).items():
+            _require(0 < value < math.inf, f"model.rope_scaling.{key}", value, "must be positive and finite")
+        _require(
+            scaling.low_freq_factor < scaling.high_freq_factor,
+            "model.rope_scaling.low_freq_factor",
+            scaling.low_freq_factor,
+            f"must be smaller than model.rope_scaling.high_freq_factor = {scaling.high_freq_factor}",
+        )
     if model.head_dim is None:
         _require(
             model.dim % model.n_heads == 0,
@@ -592,7 +632,8 @@ def check(config: Config) -> None:
             any(model.is_moe_layer(layer) for layer in range(model.n_layers)),
             "model.num_experts",
             experts,
-            "no layer is an MoE layer: see model.first_dense_layers, model.moe_every and model.n_layers",
+            "no layer is an MoE layer: see model.first_dense_layers, model.moe_every, model.dense_layers and "
+            "model.n_layers",
         )
         _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, f"must divide model.num_experts = {experts}")
     else:
@@ -647,6 +688,13 @@ def check(config: Config) -> None:
         _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
     _require(
         config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
+    )
+    _require(
+        config.checkpoint.init_from is None or config.checkpoint.resume in ("auto", "never"),
+        "checkpoint.init_from",
+        config.checkpoint.init_from,
+        f"says how a run begins, but checkpoint.resume = {config.checkpoint.resume} goes on with another; set one of "
+        "them",
     )
     _require(bool(config.run.dir), "run.dir", repr(config.run.dir), "must name a folder")
 

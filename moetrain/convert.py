@@ -62,12 +62,12 @@ def to_safetensors(
     `weights_only` leaves out the optimiser's state; `dtype` is what floating-point weights are cast to, router biases
     and the optimiser's state excepted. Raises CheckpointError.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     entries = {n: e for n, e in contents(checkpoint).items() if not (weights_only and n.startswith(_OPTIMIZER))}
     written = {name: _cast(name, entry, dtype) for name, entry in entries.items()}
-    parts = list(_parts(written, file_bytes))
+    parts = list(split_by_bytes({name: written[name].bytes for name in sorted(written)}, file_bytes))
     try:
         with folder_written_aside(out) as aside:
             files: dict[str, FileEntry] = {}
@@ -98,7 +98,7 @@ def to_safetensors(
 
 def from_safetensors(folder: Path, out: Path) -> None:
     """Write the new checkpoint `out` from a folder that holds all of one; raises CheckpointError."""
-    _refuse_existing(out)
+    refuse_existing(out)
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def from_safetensors(folder: Path, out: Path) -> None:
     write_checkpoint(out, tensors, saved)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     """Raise CheckpointError if there is something at `out`, or no folder to make it in."""
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"--out {out}: exists already; choose another name, nothing is overwritten")
@@ -145,16 +145,16 @@ def _cast(name: str, entry: TensorEntry, dtype: torch.dtype | None) -> TensorEnt
     return TensorEntry(entry.shape, dtype)
 
 
-def _parts(entries: Mapping[str, TensorEntry], file_bytes: int) -> Iterator[list[str]]:
-    """Names by file, in order, so that no file but that of one larger tensor has more than `file_bytes`."""
+def split_by_bytes(sizes: Mapping[str, int], file_bytes: int) -> Iterator[list[str]]:
+    """Names by file, in their order, so that no file but that of one larger tensor has more than `file_bytes`."""
     part: list[str] = []
-    size = 0
-    for name in sorted(entries):
-        if part and size + entries[name].bytes > file_bytes:
+    held = 0
+    for name, size in sizes.items():
+        if part and held + size > file_bytes:
             yield part
-            part, size = [], 0
+            part, held = [], 0
         part.append(name)
-        size += entries[name].bytes
+        held += size
     if part:
         yield part
 

@@ -32,6 +32,11 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or belongs to another model. The message names the path."""
 
 
+class HuggingFaceError(UserError):
+    """A Hugging Face model that is missing, damaged or of a kind that moetrain has not, or a model of ours that has no
+    place there. The message names the file or the key."""
+
+
 class TraceError(UserError):
     """A routing trace that is missing, damaged or of another model. The message names the file."""
 

@@ -85,6 +85,7 @@ def parameters(config: Config) -> ParameterCount:
 
     qk_norm = {"none": 0, "head": 2 * hd, "full": (H + Hkv) * hd}[model.qk_norm]
     qkv_bias = (H + 2 * Hkv) * hd if model.qkv_bias else 0
+    out_bias = D if model.out_bias else 0
     # gate, up and down: three D × width matrices in every feed-forward network.
     expert = 3 * D * model.expert_dim
     shared_expert = 3 * D * model.shared_dim + (D if model.shared_gate else 0)
@@ -102,7 +103,7 @@ def parameters(config: Config) -> ParameterCount:
         routers=moe_layers * model.num_experts * D,
         experts=moe_layers * model.num_experts * expert,
         used_experts=moe_layers * config.router.top_k * expert,
-        vectors=model.n_layers * (2 * D + qk_norm + qkv_bias) + D,
+        vectors=model.n_layers * (2 * D + qk_norm + qkv_bias + out_bias) + D,
         split=embedding + head + attention + feed_forward + of_heads,
     )
 

@@ -11,6 +11,7 @@ are the number and the length of its pieces: whole sequences, or equal parts of 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from operator import add
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig
+from moetrain.config import ActivationCheckpointingConfig, Config, ModelConfig, RopeScalingConfig
 from moetrain.data import IGNORED
 from moetrain.kernels import GatedActivation, Routing, activate, choose_backend, expert_mlp
 from moetrain.parallel import (
@@ -104,12 +105,19 @@ class RMSNorm(nn.Module):
         return h.unflatten(0, (-1, gather_length or x_BSD.shape[1])), x_RD.view_as(x_BSD)
 
 
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, theta: float, device: torch.device, scaling: RopeScalingConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin [S, head_dim] of rotary position embedding (arXiv 2104.09864, eq. 15), float32.
 
     Halves are rotated against each other (dimension i with i + head_dim/2), as Hugging Face checkpoints have it.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    if scaling is not None:
+        waves = scaling.original_length * frequencies / (2 * math.pi)  # in a sequence of the original length
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((waves - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequencies).repeat(1, 2)
     return angles.cos().float(), angles.sin().float()
 
@@ -136,6 +144,8 @@ class Attention(nn.Module):
         self.wk = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
         self.wv = Linear(model.dim, keys, bias=model.qkv_bias, dtype=dtype)
         self.wo = Linear(queries, model.dim, dtype=dtype)
+        self.out_bias = nn.Parameter(torch.empty(model.dim, dtype=dtype)) if model.out_bias else None
+        """For the sum of what the ranks return."""
         self.norm_per_head = model.qk_norm == "head"
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
@@ -147,6 +157,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(keys, model.norm_eps, dtype, group=group)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
+        q, k, v = self.project(x_BSD, rotary)
+        y_BHSd = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.wo(y_BHSd.transpose(1, 2).flatten(-2))
+
+    def project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, S, d], normalised and rotated, as attention takes them."""
         q, k = self.wq(x_BSD), self.wk(x_BSD)
         if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -154,11 +172,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and self.norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        y_BHSd = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return self.wo(y_BHSd.transpose(1, 2).flatten(-2))
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
 
 class FeedForward(nn.Module):
@@ -302,6 +316,8 @@ class Block(nn.Module):
             yield h_BSD
             partial_BSD = self.attention(h_BSD, rotary, mask_B1SS)
         yield partial_BSD
+        if self.attention.out_bias is not None:
+            x_BSD = x_BSD + self.attention.out_bias.to(x_BSD.dtype)
         if self.is_moe:
             h_BSD, x_BSD = self.ffn_norm.add(x_BSD, partial_BSD, self.tp_group)
             y_BSD, sums = yield from cast(MoE, self.ffn).phases(h_BSD, length // h_BSD.shape[1], noise_seed)
@@ -464,7 +480,7 @@ class Decoder(nn.Module):
         `noise_seed` are described at :meth:`Router.stats` and :meth:`Router.forward`. The tp ranks of a share of the
         batch are all given all of its tokens, and each returns hidden states and statistics of its own part of them.
         """
-        rotary = self._rotary_tables(tokens_BS.shape[1])
+        rotary = self.rotary(tokens_BS.shape[1])
         mask = None if documents_BS is None else document_mask(documents_BS)
         embedded_BSD = embed(tokens_BS, self.embedding, self.tp_group).to(self.compute_dtype)
         x_BSD = sum_to_pieces(embedded_BSD, self.tp_group)
@@ -535,11 +551,13 @@ class Decoder(nn.Module):
             )
         return total
 
-    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Tables for positions 0 … length − 1, made once."""
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, d] for positions 0 … length − 1, made once."""
         if self._rotary is None or self._rotary[0].shape[0] < length:
             model = self.config.model
-            self._rotary = rotary_tables(length, model.head_width, model.rope_theta, self.embedding.device)
+            self._rotary = rotary_tables(
+                length, model.head_width, model.rope_theta, self.embedding.device, model.rope_scaling
+            )
         return self._rotary[0][:length], self._rotary[1][:length]
 
     def _apply_activation_checkpointing(self, config: ActivationCheckpointingConfig) -> None:

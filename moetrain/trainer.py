@@ -22,8 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
-from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
-from moetrain.config import Config, check_world, config_hash, to_yaml
+from moetrain.checkpoint import (
+    Checkpointer,
+    checkpoint_name,
+    contents,
+    find_resume,
+    find_together,
+    load,
+    read_manifest,
+)
+from moetrain.config import Config, ModelConfig, RouterConfig, check_world, config_hash, to_yaml
 from moetrain.data import (
     Batch,
     Dataset,
@@ -39,6 +47,7 @@ from moetrain.evaluate import Score, heldout_baselines, heldout_score, print_sco
 from moetrain.expert_placement import initial_placement
 from moetrain.files import write_text
 from moetrain.flops import parameters
+from moetrain.huggingface.companions import speaks_otherwise
 from moetrain.kernels import autotune
 from moetrain.kernels.compilations import Compilations
 from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
@@ -140,10 +149,16 @@ class Trainer:
         checkpoints = self.folder / "checkpoints"
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
         saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
+        begun_with = None
+        if source is None and config.checkpoint.init_from is not None:
+            begun_with = find_together(Path(config.checkpoint.init_from), mesh, "checkpoint.init_from = ")
         self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
         with torch.device(mesh.device):
             self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
-        if source is None:
+        if begun_with is not None:
+            load(begun_with, logical_tensors(self.model), mesh, strict=False, cast=True)
+            self.changes = on_rank_0(lambda: self._changes_since(begun_with), mesh.host_group)
+        elif source is None:
             self.model.initialize(config.train.seed)
         self.engine = create_engine(config, mesh, self.model)
         if source is not None and saved is not None:
@@ -169,7 +184,7 @@ class Trainer:
             start_compile_workers()
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
-        on_rank_0(lambda: self._open_logs(source, placed), mesh.host_group)
+        on_rank_0(lambda: self._open_logs(source, begun_with, placed), mesh.host_group)
 
     def run(self) -> None:
         """Train to the last step (or until asked to stop), then save, score and plot."""
@@ -426,7 +441,7 @@ class Trainer:
         assert isinstance(self.engine, ReplicatedEngine)
         return Rebalancer(self.config, self.mesh, self.model, self.engine, self.progress.step, self._message)
 
-    def _open_logs(self, source: Path | None, placed: str | None) -> None:
+    def _open_logs(self, source: Path | None, begun_with: Path | None, placed: str | None) -> None:
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         if self.config.placement.trace.every:
             folder = self.config.trace_folder
@@ -436,13 +451,19 @@ class Trainer:
                 raise UserError(f"placement.trace.dir = {folder}: {error.strerror}; choose another folder") from None
             drop_after(folder, self.progress.step)
         self.logger = MetricsLogger(self.config, self.folder, resume_step=self.progress.step)
-        self._announce(source, placed)
+        self._announce(source, begun_with, placed)
 
     def _saved_progress(self, source: Path) -> dict[str, Any]:
         """What a checkpoint says of its run. Raises CheckpointError if that was of another model."""
         saved = read_manifest(source).progress
+        if not any(name.startswith("optim.") for name in contents(source)):
+            raise CheckpointError(
+                f"{source}: holds no optimiser's state, so no run can go on from it; begin one with its weights: "
+                f"checkpoint.init_from={source}"
+            )
         old, new = saved["config"]["model"], self._config_as_json()["model"]
-        different = [f"model.{k}" for k, value in new.items() if old.get(k) != value]
+        unset = asdict(ModelConfig())  # what keys mean that were unknown then
+        different = [f"model.{k}" for k, value in new.items() if old.get(k, unset[k]) != value]
         if different:
             raise CheckpointError(
                 f"{source}: was written by a model with other {', '.join(different)}; restore them, or choose another "
@@ -474,7 +495,25 @@ class Trainer:
             self.progress.samples = 0  # the count was of other sequences
             self.changes.append("other sequences: reading the data from their beginning")
 
-    def _announce(self, source: Path | None, placed: str | None) -> None:
+    def _changes_since(self, begun_with: Path) -> list[str]:
+        """What the model, its router and its tokenizer have become since these weights were written."""
+        manifest = read_manifest(begun_with)
+        old, new = manifest.progress["config"], self._config_as_json()
+        unset = {"model": asdict(ModelConfig()), "router": asdict(RouterConfig())}
+        changes = [
+            f"{section}.{key} = {value} (was {old[section].get(key, unset[section][key])})"
+            for section in unset
+            for key, value in new[section].items()
+            if old[section].get(key, unset[section][key]) != value
+        ]
+        if speaks_otherwise(begun_with, manifest, self.dataset):
+            changes.append(
+                "the tokenizer: data.path has other tokens than those that the model knows; `moetrain data build "
+                f"--tokenizer {begun_with}` makes its own"
+            )
+        return changes
+
+    def _announce(self, source: Path | None, begun_with: Path | None, placed: str | None) -> None:
         config, mesh = self.config, self.mesh
         count = parameters(config)
         experts = self.model.expert_backend if self.model.moe_layers else "none"
@@ -489,8 +528,10 @@ class Trainer:
             self._message(warning)
         if source is not None:
             self._message(f"resumed from {source}: step {self.progress.step} of {config.train.steps}")
-            for change in self.changes:
-                self._message(f"  changed since then: {change}")
+        if begun_with is not None:
+            self._message(f"begun with the weights of {begun_with}")
+        for change in self.changes:
+            self._message(f"  changed since then: {change}")
         if placed is not None:
             self._message(placed)
 

@@ -64,7 +64,7 @@ class LocalDispatcher:
         return y_RD
 
 
-class _Exchange:
+class Exchange:
     """Rows between the ranks of a group, expert e on rank e // (E / ep), and the bytes that they take."""
 
     def __init__(self, group: dist.ProcessGroup, wire: Wire = "compute"):
@@ -74,6 +74,12 @@ class _Exchange:
         self.outward = wire
         self.homeward = homeward(wire)
         self.bytes_sent = 0
+        self.rows_sent = 0
+        """Of hidden states, to other ranks, in forward passes …"""
+        self.row_exchanges = 0
+        """… by so many all-to-alls …"""
+        self.exchanges = 0
+        """… of so many in all, sizes, expert ids and weights and backward passes included."""
 
     def experts_per_rank(self, routing: Routing) -> int:
         """E / ep. Raises ValueError where it is not a whole number."""
@@ -87,14 +93,22 @@ class _Exchange:
         """Rows to and from each rank, in the format `wire`; differentiable, gradients in the format `back`."""
         return _AllToAll.apply(x, send, receive, self, wire, back)
 
+    def exchange_rows(self, x_SD: Tensor, send: list[int], receive: list[int], wire: Wire, back: Wire) -> Tensor:
+        """:meth:`exchange` of hidden states, counted."""
+        self.row_exchanges += 1
+        self.rows_sent += sum(send) - send[self.group.rank()]
+        return self.exchange(x_SD, send, receive, wire, back)
+
     def exchange_sizes(self, sizes: Tensor) -> Tensor:
         """Row p of `sizes`, int [ep, n], goes to rank p; what arrived."""
+        self.exchanges += 1
         received = torch.empty_like(sizes)
         dist.all_to_all_single(received, sizes, group=self.group)
         return received
 
     def all_to_all(self, x: Tensor, send: list[int], receive: list[int], wire: Wire) -> Tensor:
         """Rows to and from each rank, counted; without autograd."""
+        self.exchanges += 1
         # A strided tensor would be read as if it were contiguous: wrong numbers, no error. `pack` makes it so.
         packed = pack(x, wire)
         received = packed.new_empty(sum(receive), *packed.shape[1:])
@@ -103,7 +117,7 @@ class _Exchange:
         return unpack(received, wire, x.shape[-1], x.dtype)
 
 
-class AllToAllDispatcher(_Exchange):
+class AllToAllDispatcher(Exchange):
     """One row for each token and rank. A dispatch waits for the device once, for the splits."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
@@ -135,7 +149,7 @@ class AllToAllDispatcher(_Exchange):
         # Pairs are sorted by expert, so pairs of one destination are neighbours, and so are its rows.
         rows, pairs = rows.trimmed_to(sum(rows_sent)), slice(sum(pairs_sent))
         rows_SD = _GatherRows.apply(x_TD, rows)
-        x_RD = self.exchange(rows_SD, rows_sent, rows_received, self.outward, self.homeward)
+        x_RD = self.exchange_rows(rows_SD, rows_sent, rows_received, self.outward, self.homeward)
         indices = self.exchange(indices_N2[pairs], pairs_sent, pairs_received)
         weights = self.exchange(routing.weights_N[pairs], pairs_sent, pairs_received)
 
@@ -151,11 +165,11 @@ class AllToAllDispatcher(_Exchange):
         """Return each row's weighted sum to its source and add the rows of each token: [R, D] → [T, D]."""
         way = dispatched.way_back
         assert way is not None, "these rows were not dispatched by this dispatcher"
-        y_SD = self.exchange(y_RD, way.rows_received, way.rows_sent, self.homeward, self.outward)
+        y_SD = self.exchange_rows(y_RD, way.rows_received, way.rows_sent, self.homeward, self.outward)
         return _SumRows.apply(y_SD, way.rows)
 
 
-class PairDispatcher(_Exchange):
+class PairDispatcher(Exchange):
     """One row for each pair, weighted and added up at the source: the plain way, to compare with."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
@@ -164,7 +178,7 @@ class PairDispatcher(_Exchange):
         experts = self.experts_per_rank(routing)
         pairs_to = routing.expert_offsets[::experts].diff()
         sent, received = _on_host(pairs_to[:, None], self.exchange_sizes(pairs_to[:, None]))
-        x_RD = self.exchange(x_TD[routing.token_ids_N], sent, received, self.outward, self.homeward)
+        x_RD = self.exchange_rows(x_TD[routing.token_ids_N], sent, received, self.outward, self.homeward)
         expert_ids_R = self.exchange(routing.expert_ids_N % experts, sent, received)
         local = Routing.from_topk(expert_ids_R[:, None], x_RD.new_ones(x_RD.shape[0], 1), experts)
         return Dispatched(x_RD, local, WayBack(routing, sent, received))
@@ -172,7 +186,7 @@ class PairDispatcher(_Exchange):
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         way = dispatched.way_back
         assert way is not None, "these rows were not dispatched by this dispatcher"
-        y_ND = self.exchange(y_RD, way.rows_received, way.rows_sent, self.homeward, self.outward)
+        y_ND = self.exchange_rows(y_RD, way.rows_received, way.rows_sent, self.homeward, self.outward)
         accumulator = torch.promote_types(y_ND.dtype, torch.float32)
         weighted_ND = y_ND.to(accumulator) * way.rows.weights_N.to(accumulator)[:, None]
         y_TD = weighted_ND.new_zeros(way.rows.num_tokens, y_ND.shape[1])
@@ -222,7 +236,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, send: list[int], receive: list[int], via: _Exchange, wire: Wire, back: Wire
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], via: Exchange, wire: Wire, back: Wire
     ) -> Tensor:
         ctx.send, ctx.receive, ctx.via, ctx.back = send, receive, via, back
         return via.all_to_all(x, send, receive, wire)

@@ -35,6 +35,7 @@ MODELS: dict[str, list[str]] = {
         "model.head_dim=2",
         "model.qk_norm=full",
         "model.qkv_bias=true",
+        "model.out_bias=true",
         "model.tie_embeddings=true",
         "model.shared_gate=true",
         "data.mask_documents=true",

@@ -92,7 +92,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": 0},
     "mixed": {"first_dense_layers": 1, "moe_every": 2, "n_layers": 5},
     "qk_norm head, grouped queries, wide heads": {"qk_norm": "head", "n_kv_heads": 1, "head_dim": 24},
-    "qk_norm full, bias": {"qk_norm": "full", "n_kv_heads": 2, "qkv_bias": True},
+    "one dense layer among others": {"dense_layers": [1], "n_layers": 3},
+    "qk_norm full, bias": {"qk_norm": "full", "n_kv_heads": 2, "qkv_bias": True, "out_bias": True},
     "shared, gated": {"shared_dim": 40, "shared_gate": True},
     "tied": {"tie_embeddings": True},
 }
