@@ -246,7 +246,7 @@ class Generator:
         return F.embedding(token_T, self.model.embedding).to(self.model.compute_dtype)
 
     def _feed_forward(self, block: Block, h_TD: Tensor) -> Tensor:
-        return block.ffn(h_TD[None], 1, None, None)[0][0] if block.is_moe else block.ffn(h_TD)
+        return block.ffn(h_TD[None])[0][0] if block.is_moe else block.ffn(h_TD)
 
     def _on_device(self, rows: Sequence[tuple[int, ...]], columns: int) -> tuple[Tensor, ...]:
         """The columns, int64."""

@@ -254,7 +254,12 @@ class MoE(nn.Module):
         self.shared = SharedExpert(model, dtype) if model.shared_dim else None
         self.recompute_experts = False
 
-    def phases(self, x_BSD: Tensor, pieces: int, noise_seed: int | None) -> Phases[tuple[Tensor, RouterSums]]:
+    def forward(self, *inputs: Any) -> tuple[Tensor, RouterSums]:
+        return complete(self.phases(*inputs))
+
+    def phases(
+        self, x_BSD: Tensor, pieces: int = 1, noise_seed: int | None = None
+    ) -> Phases[tuple[Tensor, RouterSums]]:
         """y [B, S, D], and what the router counted. Arguments as of :meth:`Router.forward`."""
         routing, sums = self.router(x_BSD, pieces=pieces, noise_seed=noise_seed)
         if self.slots is not None:
