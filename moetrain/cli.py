@@ -198,6 +198,15 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         "  moetrain bench placement --traces runs/x --gpus 8\n",
     )
     _add_bench_commands(bench)
+
+    tune = _add_command(
+        commands,
+        "tune",
+        "measure this machine, once",
+        "Measure what depends on the machine, and keep it for later runs.",
+        "examples:\n  torchrun --nproc-per-node 8 -m moetrain tune overlap\n",
+    )
+    _add_tune_commands(tune)
     return parser
 
 
@@ -411,6 +420,20 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     fused.set_defaults(handler=_bench_allreduce_rmsnorm)
 
 
+def _add_tune_commands(tune: argparse.ArgumentParser) -> None:
+    commands = tune.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    overlap = _add_command(
+        commands,
+        "overlap",
+        "for parallel.overlap=auto: products, collectives, and the host",
+        "Measure products, collectives alone and side by side, and how fast the host issues layers, for the cost\n"
+        "model by which parallel.overlap=auto splits micro-batches. Starts under torchrun, with as many ranks as will\n"
+        "train.",
+        "examples:\n  torchrun --nproc-per-node 2 -m moetrain tune overlap\n",
+    )
+    overlap.set_defaults(handler=_tune_overlap)
+
+
 def _add_bench_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="also write the results to this file, as they come")
     parser.add_argument(
@@ -502,6 +525,12 @@ def _bench_allreduce_rmsnorm(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.allreduce_rmsnorm import Options, allreduce_rmsnorm_command
 
     return allreduce_rmsnorm_command(Options(**_fields(arguments)))
+
+
+def _tune_overlap(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.tune_overlap import tune_overlap_command
+
+    return tune_overlap_command()
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

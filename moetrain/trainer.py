@@ -44,6 +44,7 @@ from moetrain.kernels.compilations import Compilations
 from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
 from moetrain.model import Decoder, derive_seed
 from moetrain.optim import learning_rate
+from moetrain.overlap import choose_overlap
 from moetrain.parallel import (
     Mesh,
     any_rank,
@@ -140,8 +141,10 @@ class Trainer:
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
         saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
         self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
+        self.overlap = choose_overlap(config, mesh)
         with torch.device(mesh.device):
-            self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
+            slots_LE = None if self.placement is None else self.placement.slots
+            self.model = Decoder(self.overlap.applied(config), mesh, slots_LE)
         if source is None:
             self.model.initialize(config.train.seed)
         self.engine = create_engine(config, mesh, self.model)
@@ -483,6 +486,8 @@ class Trainer:
             f"{experts}"
         )
         self._message(self.throughput.peak_description)
+        if self.overlap.reason is not None:
+            self._message(self.overlap.reason)
         if self.model.moe_layers and (warning := _rounding_warning(config, mesh.dp, self.model.routers()[0].tile)):
             self._message(warning)
         if source is not None:
