@@ -18,8 +18,9 @@ Names: T rows on all ranks, D width, R rows of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -216,7 +217,12 @@ def _meeting_arguments(meeting: Meeting | None) -> tuple[object, ...]:
     return meeting.flags, meeting.state, meeting.error, meeting.timeout_ms
 
 
-@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"])
+def _named(kernel: str) -> Callable[[Any], str]:
+    """What a profile calls a kernel: by whether it waits for other ranks."""
+    return lambda special: ("all_reduce_rms_norm_" if special.constants.get("MEET") else "add_rms_norm_") + kernel
+
+
+@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"], repr=_named("forward"))
 def _forward_kernel(
     xs,
     shards,
@@ -278,7 +284,7 @@ def _forward_kernel(
         _pull(shards, y, rank, total_rows, column_D, exists_D, D, BLOCK_R, PULL_STAGES, WORLD)
 
 
-@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"])
+@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"], repr=_named("backward"))
 def _backward_kernel(
     dys,
     shards,

@@ -339,6 +339,10 @@ class MetricsConfig:
     """auto: rich on a terminal, plain lines elsewhere."""
     tensorboard: bool = False
     wandb_project: str | None = None
+    communication_every: int = 0
+    """Steps between two whose kernels are recorded on all ranks, for time_metrics/communication(s) and
+    time_metrics/exposed_communication(s): seconds of a step, all and those in which nothing else ran (docs/overlap.md);
+    0: off. On a CPU there are no kernels, and no such metrics."""
     peak_tflops: float | None = None
     """Dense peak of one device that MFU divides by; default: the datasheet's, N/A on unknown hardware."""
 
@@ -549,6 +553,7 @@ def check(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every": config.eval.every,
+        "metrics.communication_every": config.metrics.communication_every,
     }.items():
         _require(0 <= value < math.inf, key, value, "must not be negative or infinite")
 
@@ -660,6 +665,12 @@ def check(config: Config) -> None:
     _check_placement(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
+    _require(
+        config.metrics.communication_every == 0 or train.profile.steps == 0,
+        "metrics.communication_every",
+        config.metrics.communication_every,
+        "records steps as train.profile.steps does, and there is one profiler; set one of them to 0",
+    )
     if config.metrics.peak_tflops is not None:
         _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
     _require(

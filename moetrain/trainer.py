@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
 from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
+from moetrain.communication_meter import CommunicationMeter
 from moetrain.config import Config, check_world, config_hash, to_yaml
 from moetrain.data import (
     Batch,
@@ -171,6 +172,7 @@ class Trainer:
             start_compile_workers()
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
+        self.communication = CommunicationMeter(config, mesh, self.throughput)
         on_rank_0(lambda: self._open_logs(source, placed), mesh.host_group)
 
     def run(self) -> None:
@@ -233,10 +235,11 @@ class Trainer:
         config, progress = self.config, self.progress
         self.model.train()
         sent_before = self.model.dispatch_bytes
-        loss, routing = self._accumulate_gradients(batches)
-        self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         lr = learning_rate(progress.step, config.train.steps, config.optim)
-        norm = self.engine.step(lr)
+        with self.communication.step(progress.step + 1):
+            loss, routing = self._accumulate_gradients(batches)
+            norm = self.engine.step(lr)
+        self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         finite = math.isfinite(norm)
         if finite:
             self._update_router_biases(routing)
@@ -320,6 +323,7 @@ class Trainer:
             "bad_steps": float(self.progress.bad_steps),
             "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
             **self.throughput.report(),
+            **self.communication.report(),
             **self.placement_metrics,
         }
         self.checkpoint_stall = 0.0

@@ -99,6 +99,7 @@ BAD_OVERRIDES = [
         ["parallel.overlap=on", "parallel.ep=2", "--nproc", "2", "train.micro_batch=2", "parallel.overlap_split=2"],
         "parallel.overlap_split = 2 leaves nothing of each tp rank's 2 sequences",
     ),
+    (["metrics.communication_every=10", "train.profile.steps=2"], "metrics.communication_every = 10: records steps as"),
     (["parallel.overlap_split=0"], "parallel.overlap_split = 0: must be positive"),
     (["parallel.overlap=maybe"], "parallel.overlap: Invalid value 'maybe', expected one of ['off', 'auto', 'on']"),
     (["model.n_kv_heads=3"], "model.n_kv_heads"),
