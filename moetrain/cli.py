@@ -367,6 +367,42 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(step)
     step.set_defaults(handler=_bench_step)
 
+    overlap = _add_command(
+        commands,
+        "overlap",
+        "steps with overlap off, on, and without communication",
+        "Time training steps of CONFIG with parallel.overlap off and on, and without any communication in the layers,\n"
+        "which is a floor: its numbers are wrong on purpose. For micro-batches of several sizes, one a step; with the\n"
+        "defaults of bench step. Starts under torchrun.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench overlap moe-7b-fine model.n_layers=4 parallel.ep=2\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench overlap moe-7b-fine model.n_layers=4 parallel.tp=2 \\\n"
+        "      train.compile=true --tokens 8192 32768 --json overlap.json\n",
+    )
+    _add_config(overlap)
+    overlap.add_argument(
+        "--overlap",
+        nargs="+",
+        choices=["off", "on", "floor"],
+        default=["off", "on", "floor"],
+        metavar="W",
+        help="(default: off on floor)",
+    )
+    overlap.add_argument(
+        "--tokens",
+        nargs="+",
+        type=positive,
+        default=[512 << n for n in range(7)],
+        metavar="T",
+        help="of micro-batches (default: 512 to 32768 by powers of two)",
+    )
+    overlap.add_argument(
+        "--steps", type=positive, default=10, metavar="N", help="to time, a round (default: %(default)s)"
+    )
+    overlap.add_argument("--rounds", type=positive, default=2, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(overlap)
+    overlap.set_defaults(handler=_bench_overlap)
+
     placement = _add_command(
         commands,
         "placement",
@@ -513,6 +549,12 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.step import Options, step_command
 
     return step_command(Options(**_fields(arguments)))
+
+
+def _bench_overlap(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.overlap import Options, overlap_command
+
+    return overlap_command(Options(**_fields(arguments)))
 
 
 def _bench_placement(arguments: argparse.Namespace) -> int:
