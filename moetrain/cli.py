@@ -207,6 +207,17 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         "examples:\n  torchrun --nproc-per-node 8 -m moetrain tune overlap\n",
     )
     _add_tune_commands(tune)
+
+    profile = _add_command(
+        commands,
+        "profile",
+        "draw what GPUs do in a step",
+        "Record training steps of a config and draw what the GPU does in them.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain profile overlap moe-7b-fine model.n_layers=4 parallel.ep=2 \\\n"
+        "      --out overlap.png\n",
+    )
+    _add_profile_commands(profile)
     return parser
 
 
@@ -470,6 +481,27 @@ def _add_tune_commands(tune: argparse.ArgumentParser) -> None:
     overlap.set_defaults(handler=_tune_overlap)
 
 
+def _add_profile_commands(profile: argparse.ArgumentParser) -> None:
+    commands = profile.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    overlap = _add_command(
+        commands,
+        "overlap",
+        "computation, communication and what of it is exposed, with overlap off and on",
+        "Record steps of CONFIG on random tokens with parallel.overlap off and on, and draw rank 0's computation,\n"
+        "communication and exposed communication, by layer; the figures are printed, and written beside the picture.\n"
+        "With the defaults of bench step. Starts under torchrun, on GPUs.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain profile overlap moe-7b-fine model.n_layers=4 parallel.ep=2 \\\n"
+        "      train.compile=true train.micro_batch=8 --out overlap.png\n",
+    )
+    _add_config(overlap)
+    overlap.add_argument("--out", required=True, metavar="F.png", help="the picture; the figures go to F.json")
+    overlap.add_argument(
+        "--steps", type=positive, default=3, metavar="N", help="to record, one by one (default: %(default)s)"
+    )
+    overlap.set_defaults(handler=_profile_overlap)
+
+
 def _add_bench_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="also write the results to this file, as they come")
     parser.add_argument(
@@ -573,6 +605,12 @@ def _tune_overlap(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.tune_overlap import tune_overlap_command
 
     return tune_overlap_command()
+
+
+def _profile_overlap(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.profile_overlap import Options, profile_overlap_command
+
+    return profile_overlap_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

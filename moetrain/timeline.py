@@ -9,12 +9,15 @@ Times are milliseconds from the first activity on.
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,6 +152,13 @@ def recorded(profiler: torch.profiler.profile) -> list[Activity]:
             start, duration = event.start_ns() / 1e6, event.duration_ns() / 1e6
             activities.append(Activity(event.name(), event.device_resource_id(), start, start + duration))
     return _from_first(activities)
+
+
+def read_trace(file: Path) -> dict[str, Any]:
+    """A Chrome trace that torch.profiler has exported, compressed or not."""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+        trace: dict[str, Any] = json.load(opened)
+    return trace
 
 
 def traced(trace: Mapping[str, Any]) -> list[Activity]:

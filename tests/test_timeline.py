@@ -20,10 +20,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moetrain import communication_meter
+from moetrain.benchmarks.profile_overlap import Step, layers_named, profile_overlap
+from moetrain.cli import main
 from moetrain.communication_meter import CommunicationMeter
+from moetrain.model import Decoder
+from moetrain.parallel import create_mesh
 from moetrain.parallel.mock import MockWorld
 from moetrain.timeline import Activity, Span, merged, recorded, timeline, total, traced, with_layers, without
 from moetrain.timeline_plot import draw_timelines
+from moetrain.trainer import Trainer
 
 
 def random_spans(seed: random.Random) -> list[Span]:
@@ -175,6 +180,72 @@ def test_the_picture(tmp_path: Path) -> None:
     assert red[:half].sum() == pytest.approx(orange[:half].sum(), rel=0.1)
     assert red[half:].sum() < 0.4 * orange[half:].sum()
     assert [file.name for file in tmp_path.iterdir()] == ["overlap.png"]
+
+
+def ranges_of_a_step(model: Decoder) -> dict[str, int]:
+    """How often each range was entered."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model.train()(torch.arange(64).view(4, 16))
+    return {event.key: event.count for event in profiler.key_averages() if event.key.startswith("layer ")}
+
+
+def test_ranges_of_layers_are_there_while_they_are_asked_for() -> None:
+    for overlap, halves in (("off", 1), ("on", 2)):
+        config = config_of(Path("run"), Path("data"), "parallel.ep=2", f"parallel.overlap={overlap}")
+        model = Decoder(config)
+        model.initialize(0)
+        with layers_named(model):
+            assert ranges_of_a_step(model) == {f"layer {n}": 5 * halves for n in range(3)}  # its phases
+        assert ranges_of_a_step(model) == {}
+
+
+def draw_overlap(out: Path, data: Path) -> None:
+    """With a recorder that makes up what a GPU would have done."""
+    config = config_of(out.parent / "run", data, "parallel.ep=2", "train.micro_batch=4", "train.tokens_per_step=128")
+    trainer = Trainer(config, create_mesh(ep=2, device="cpu"))
+    lengths = iter([4.0, 9.0, 5.0, 1.0] * 2)
+
+    def record(step: Step, with_host: bool) -> list[Activity]:
+        step()
+        end = next(lengths)
+        start = 3.0 if trainer.model.config.parallel.weaves else 4.0
+        computed = [Activity("gemm", 7, 2 * n, 2 * n + 2, layer=n if with_host else None) for n in range(2)]
+        return [*computed, Activity("nccl", 18, start, end, layer=1 if with_host else None)]
+
+    profile_overlap(trainer, config, out, 3, record)
+    trainer.checkpointer.close()
+
+
+def test_profile_overlap_draws_the_median_step(tmp_path: Path, data_folder: Path) -> None:
+    out = tmp_path / "pictures" / "overlap.png"
+    MockWorld(2).run(draw_overlap, out, data_folder)
+    assert image.imread(out).shape[2] in (3, 4)
+    rows = {row["name"]: row for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
+    for name, communication in (("off", 1.0), ("on", 2.0)):
+        row = rows[name]
+        assert (row["span_ms"], row["communication_ms"], row["exposed_ms"]) == (5.0, communication, 1.0)
+        assert row["exposed_ms_by_layer"] == {"0": 0.0, "1": 1.0}
+        assert row["spans_ms"]["exposed"] == [[4.0, 5.0]]
+        assert row["layers"] == [[0, "forward", 0.0, 2.0], [1, "forward", 2.0, 4.0]]
+        assert row["step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.png"], "there is nothing to hide"),
+        (["--out", "x.jpeg", "parallel.ep=2"], "--out x.jpeg: is a picture; its name ends in .png"),
+        (["--out", "x.png", "parallel.ep=2", "train.activation_checkpointing.mode=full"], "not with this train.activ"),
+        (["--out", "x.png", "parallel.ep=2", "train.micro_batch=1"], "two or more whole sequences"),
+        ([], "--out"),
+    ],
+)
+def test_profile_overlap_says_what_it_needs(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["profile", "overlap", "tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 class Kineto:
