@@ -224,7 +224,7 @@ class ParallelConfig:
     """In training: split a micro-batch's sequences into two halves, of which one communicates (for tp and ep) while the
     other computes (docs/overlap.md). on: wherever tp or ep is more than 1; capacity limits and token rounding then
     count the tokens of a half. auto: where it pays by the measurement of this machine (`moetrain tune overlap`), and
-    changes no result. YAML's true and false are on and off."""
+    changes no result beyond rounding. YAML's true and false are on and off."""
     overlap_split: int | None = None
     """Sequences of each tp rank in the first half; default: what auto finds best, half of them without a
     measurement."""
