@@ -48,7 +48,7 @@ DEFAULTS = ("train.param_dtype=bfloat16", "train.activation_checkpointing.mode=n
 
 PARTS = {
     "all-to-all": r"nccl\w*(SendRecv|AllToAll)",
-    "other collectives": r"nccl|all_reduce_rms_norm",
+    "other collectives": r"nccl|exchange_add_rmsnorm",
     "attention": r"flash|fmha|sdpa|attention",
     "expert products": r"(up_projection|linear|hidden_gradient|weight_gradient|contiguous)_kernel|group(?!_chosen)",
     "routing": r"topk|^_(rank|count|scan|turn|flip|count_chosen|group_chosen|cells_of_pairs|forward|backward)_kernel"

@@ -134,7 +134,7 @@ def forward(
     rstd_R = torch.empty(rows, dtype=torch.float32, device=y.device)
     tile = choose_tile(width, y.element_size(), len(xs) + 1, blocks)
     with torch.cuda.device_of(y):
-        _forward_kernel[(blocks,)](
+        add_rmsnorm_forward_kernel[(blocks,)](
             tuple(xs),
             tuple(shards),
             residual_RD,
@@ -184,7 +184,7 @@ def backward(
     dweight_BD = torch.empty(blocks, width, dtype=torch.float32, device=h_RD.device)
     tile = choose_tile(width, dys[0].element_size(), len(dys) + 2, blocks, most=8192)  # registers hold no more
     with torch.cuda.device_of(h_RD):
-        _backward_kernel[(blocks,)](
+        add_rmsnorm_backward_kernel[(blocks,)](
             tuple(dys),
             tuple(shards),
             dresidual_RD,
@@ -218,12 +218,12 @@ def _meeting_arguments(meeting: Meeting | None) -> tuple[object, ...]:
 
 
 def _named(kernel: str) -> Callable[[Any], str]:
-    """What a profile calls a kernel: by whether it waits for other ranks."""
-    return lambda special: ("all_reduce_rms_norm_" if special.constants.get("MEET") else "add_rms_norm_") + kernel
+    """What a profile calls a kernel: whether it exchanges rows with other ranks is in its name."""
+    return lambda special: ("exchange_" if special.constants.get("MEET") else "") + kernel
 
 
-@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"], repr=_named("forward"))
-def _forward_kernel(
+@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"], repr=_named("add_rmsnorm_forward_kernel"))
+def add_rmsnorm_forward_kernel(
     xs,
     shards,
     residual,
@@ -284,8 +284,8 @@ def _forward_kernel(
         _pull(shards, y, rank, total_rows, column_D, exists_D, D, BLOCK_R, PULL_STAGES, WORLD)
 
 
-@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"], repr=_named("backward"))
-def _backward_kernel(
+@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"], repr=_named("add_rmsnorm_backward_kernel"))
+def add_rmsnorm_backward_kernel(
     dys,
     shards,
     dresidual,

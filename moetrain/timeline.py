@@ -26,7 +26,7 @@ from torch.autograd import DeviceType
 Span = tuple[float, float]
 """Start and end."""
 
-COMMUNICATION = re.compile(r"nccl|all_reduce_rms_norm|PtoP|symm_?mem|multimem", re.IGNORECASE)
+COMMUNICATION = re.compile(r"nccl|exchange_add_rmsnorm|PtoP|symm_?mem|multimem", re.IGNORECASE)
 LAYER = re.compile(r"layer (\d+)")
 """Name of a range of the host around what belongs to a layer."""
 

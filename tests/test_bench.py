@@ -337,8 +337,8 @@ def test_parts_of_a_step() -> None:
     assert part_of("void at::native::vectorized_elementwise_kernel<4>") == "element-wise, reductions"
     assert part_of("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)") == "all-to-all"
     assert part_of("ncclDevKernel_AllReduce_Sum_bf16_RING_LL") == "other collectives"
-    assert part_of("all_reduce_rms_norm_forward") == "other collectives"
-    assert part_of("add_rms_norm_forward") == "norms"
+    assert part_of("exchange_add_rmsnorm_forward_kernel") == "other collectives"
+    assert part_of("add_rmsnorm_forward_kernel") == "norms"
     assert part_of("mystery") == "other"
 
 

@@ -53,8 +53,8 @@ def test_spans_are_sets_of_times() -> None:
     [
         ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", True),
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", True),
-        ("all_reduce_rms_norm_forward", True),
-        ("add_rms_norm_forward", False),
+        ("exchange_add_rmsnorm_forward_kernel", True),
+        ("add_rmsnorm_forward_kernel", False),
         ("Memcpy PtoP (Device -> Device)", True),
         ("Memcpy DtoD (Device -> Device)", False),
         ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", False),
