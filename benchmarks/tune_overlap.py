@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -194,6 +195,7 @@ def _measure_collectives(
 ) -> dict[str, Collective]:
     """As layers make them, with the norms beside them; small ones, large ones, and large ones beside a product."""
     ranks = group.size()
+    communicating = torch.get_device_module(device).Stream(priority=-1)
     found = {}
     size = torch.bfloat16.itemsize * sizes.width
     for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
@@ -207,7 +209,7 @@ def _measure_collectives(
         calls: dict[str, Call] = {
             "product": product,
             "collective": large,
-            "both": partial(_side_by_side, product, large, device),
+            "both": partial(_side_by_side, product, large, communicating, device),
         }
         beside = _seconds(calls, device, sizes.calls)
         saved = beside["product"] + beside["collective"] - beside["both"]
@@ -240,10 +242,10 @@ def _product(rows: int, width: int, device: torch.device) -> Call:
     return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
-def _side_by_side(product: Call, collective: Call, device: torch.device) -> None:
+def _side_by_side(product: Call, collective: Call, communicating: Any, device: torch.device) -> None:
     """As parallel/overlap.py runs them."""
     streams = torch.get_device_module(device)
-    computing, communicating = streams.current_stream(), streams.Stream(priority=-1)
+    computing = streams.current_stream()
     communicating.wait_stream(computing)
     with streams.stream(communicating):
         collective()
