@@ -48,7 +48,7 @@ DEFAULTS = ("train.param_dtype=bfloat16", "train.activation_checkpointing.mode=n
 
 PARTS = {
     "all-to-all": r"nccl\w*(SendRecv|AllToAll)",
-    "other collectives": r"nccl",
+    "other collectives": r"nccl|exchange_add_rmsnorm",
     "attention": r"flash|fmha|sdpa|attention",
     "expert products": r"(up_projection|linear|hidden_gradient|weight_gradient|contiguous)_kernel|group(?!_chosen)",
     "routing": r"topk|^_(rank|count|scan|turn|flip|count_chosen|group_chosen|cells_of_pairs|forward|backward)_kernel"
@@ -83,26 +83,38 @@ Step = Callable[[], int]
 
 def step_command(options: Options) -> int:
     """Run the benchmark; returns 0. Raises ConfigError for a bad config or a peer that has no such model."""
+    config = benchmark_config(options.config, options.overrides)
+    if options.peer is not None:
+        _check_peer(config, environment_world_size())
+    with joined_mesh(config) as mesh, on_random_tokens(config, mesh) as config:
+        _bench(config, mesh, options)
+    return 0
+
+
+def benchmark_config(name: str, overrides: Sequence[str]) -> Config:
+    """A config with the benchmarks' defaults, for as many ranks as there are; raises ConfigError if it does not fit."""
     world_size = environment_world_size()
-    given = any(override.startswith("train.tokens_per_step=") for override in options.overrides)
-    config = load_config(options.config, [*DEFAULTS, *options.overrides])
-    if not given:
+    config = load_config(name, [*DEFAULTS, *overrides])
+    if not any(override.startswith("train.tokens_per_step=") for override in overrides):
         share = config.train.micro_batch * config.data.seq_len
         tokens_per_step = share * (world_size // config.parallel.tp or 1)
         config = replace(config, train=replace(config.train, tokens_per_step=tokens_per_step))
     check_world(config, world_size)
-    if options.peer is not None:
-        _check_peer(config, world_size)
-    with joined_mesh(config) as mesh, redirect_stdout(sys.stdout if mesh.rank == 0 else io.StringIO()):
-        folder = on_rank_0(lambda: Path(tempfile.mkdtemp()), mesh.host_group)
-        try:
-            config = _for_benchmark(config, folder)
-            on_rank_0(lambda: _write_random_tokens(folder / "data", config), mesh.host_group)
-            _bench(config, mesh, options)
-        finally:
-            if mesh.rank == 0:
-                shutil.rmtree(folder)
-    return 0
+    return config
+
+
+@contextmanager
+def on_random_tokens(config: Config, mesh: Mesh) -> Iterator[Config]:
+    """The config of a run in a folder of its own, on random tokens there, gone at the end. Rank 0 alone prints."""
+    folder = on_rank_0(lambda: Path(tempfile.mkdtemp()), mesh.host_group)
+    try:
+        config = _for_benchmark(config, folder)
+        on_rank_0(lambda: _write_random_tokens(folder / "data", config), mesh.host_group)
+        with redirect_stdout(sys.stdout if mesh.rank == 0 else io.StringIO()):
+            yield config
+    finally:
+        if mesh.rank == 0:
+            shutil.rmtree(folder)
 
 
 def _bench(config: Config, mesh: Mesh, options: Options) -> None:

@@ -50,17 +50,18 @@ def time_interleaved(
     *,
     rounds: int = 5,
     round_seconds: float = 0.1,
+    calls_a_round: int | None = None,
     deadline: Deadline | None = None,
 ) -> dict[str, Timing]:
     """Time every call in every round, each round beginning with another one: clocks and heat are shared.
 
     On a GPU a call is timed by events around it. Before it, writing the scratch memory clears the L2 cache and keeps
     the device busy until the host has issued the call, so that only calls that wait for the device show the host's
-    time. Each call is made for about `round_seconds` a round, at least three times. A deadline that has passed ends
-    after the current round.
+    time. Each call is made for about `round_seconds` a round, at least three times, or `calls_a_round` times, so that
+    ranks make equally many. A deadline that has passed ends after the current round.
     """
     scratch = torch.empty(SCRATCH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
-    clocks = {name: _Clock(call, device, round_seconds, scratch) for name, call in calls.items()}
+    clocks = {name: _Clock(call, device, round_seconds, calls_a_round, scratch) for name, call in calls.items()}
     samples: dict[str, list[list[float]]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
@@ -80,7 +81,7 @@ def time_interleaved(
 class _Clock:
     """One call, warmed up, with how often it is made in a burst."""
 
-    def __init__(self, call: Call, device: torch.device, seconds: float, scratch: Tensor) -> None:
+    def __init__(self, call: Call, device: torch.device, seconds: float, count: int | None, scratch: Tensor) -> None:
         self._call = call
         self._device = device
         self._scratch = scratch
@@ -92,7 +93,7 @@ class _Clock:
         issued = time.perf_counter()
         synchronize(device)
         self.host = (issued - start) * 1e3
-        self._count = max(3, min(50, round(seconds / max(time.perf_counter() - start, 1e-6))))
+        self._count = count or max(3, min(50, round(seconds / max(time.perf_counter() - start, 1e-6))))
         if device.type == "cuda":
             fill = statistics.median(self._events(scratch.zero_, 5))
             self._fills = min(MAX_FILLS, 2 + int(self.host / fill))

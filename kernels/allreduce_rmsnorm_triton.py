@@ -18,8 +18,9 @@ Names: T rows on all ranks, D width, R rows of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -216,7 +217,12 @@ def _meeting_arguments(meeting: Meeting | None) -> tuple[object, ...]:
     return meeting.flags, meeting.state, meeting.error, meeting.timeout_ms
 
 
-@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"])
+def _named(kernel: str) -> Callable[[Any], str]:
+    """What a profile calls a kernel: whether it exchanges rows with other ranks is in its name."""
+    return lambda special: ("exchange_" if special.constants.get("MEET") else "") + kernel
+
+
+@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows", "eps"], repr=_named("add_rmsnorm_forward_kernel"))
 def add_rmsnorm_forward_kernel(
     xs,
     shards,
@@ -278,7 +284,7 @@ def add_rmsnorm_forward_kernel(
         _pull(shards, y, rank, total_rows, column_D, exists_D, D, BLOCK_R, PULL_STAGES, WORLD)
 
 
-@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"])
+@triton.jit(do_not_specialize=["timeout_ms", "rank", "total_rows"], repr=_named("add_rmsnorm_backward_kernel"))
 def add_rmsnorm_backward_kernel(
     dys,
     shards,

@@ -43,7 +43,7 @@ def configure(enabled: bool, cache: Path | None = None) -> None:
     where nothing can be timed: without a CUDA GPU, and in Triton's interpreter.
     """
     global _tuner
-    _tuner = _Tuner((cache or _default_cache()) / FILE_NAME) if enabled and _can_time() else None
+    _tuner = _Tuner((cache or cache_folder()) / FILE_NAME) if enabled and _can_time() else None
 
 
 def choose(
@@ -218,7 +218,8 @@ def _name_of(device: int) -> str:
 # The file
 
 
-def _default_cache() -> Path:
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
 
 

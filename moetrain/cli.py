@@ -256,6 +256,26 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         "  moetrain bench placement --traces runs/x --gpus 8\n",
     )
     _add_bench_commands(bench)
+
+    tune = _add_command(
+        commands,
+        "tune",
+        "measure this machine, once",
+        "Measure what depends on the machine, and keep it for later runs.",
+        "examples:\n  torchrun --nproc-per-node 8 -m moetrain tune overlap\n",
+    )
+    _add_tune_commands(tune)
+
+    profile = _add_command(
+        commands,
+        "profile",
+        "draw what GPUs do in a step",
+        "Record training steps of a config and draw what the GPU does in them.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain profile overlap moe-7b-fine model.n_layers=4 parallel.ep=2 \\\n"
+        "      --out overlap.png\n",
+    )
+    _add_profile_commands(profile)
     return parser
 
 
@@ -460,6 +480,42 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(step)
     step.set_defaults(handler=_bench_step)
 
+    overlap = _add_command(
+        commands,
+        "overlap",
+        "steps with overlap off, on, and without communication",
+        "Time training steps of CONFIG with parallel.overlap off and on, and without any communication in the layers,\n"
+        "which is a floor: its numbers are wrong on purpose. For micro-batches of several sizes, one a step; with the\n"
+        "defaults of bench step. Starts under torchrun.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench overlap moe-7b-fine model.n_layers=4 parallel.ep=2\n"
+        "  torchrun --nproc-per-node 2 -m moetrain bench overlap moe-7b-fine model.n_layers=4 parallel.tp=2 \\\n"
+        "      train.compile=true --tokens 8192 32768 --json overlap.json\n",
+    )
+    _add_config(overlap)
+    overlap.add_argument(
+        "--overlap",
+        nargs="+",
+        choices=["off", "on", "floor"],
+        default=["off", "on", "floor"],
+        metavar="W",
+        help="(default: off on floor)",
+    )
+    overlap.add_argument(
+        "--tokens",
+        nargs="+",
+        type=positive,
+        default=[512 << n for n in range(7)],
+        metavar="T",
+        help="of micro-batches (default: 512 to 32768 by powers of two)",
+    )
+    overlap.add_argument(
+        "--steps", type=positive, default=10, metavar="N", help="to time, a round (default: %(default)s)"
+    )
+    overlap.add_argument("--rounds", type=positive, default=2, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(overlap)
+    overlap.set_defaults(handler=_bench_overlap)
+
     placement = _add_command(
         commands,
         "placement",
@@ -511,6 +567,41 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     )
     _add_bench_output(fused)
     fused.set_defaults(handler=_bench_allreduce_rmsnorm)
+
+
+def _add_tune_commands(tune: argparse.ArgumentParser) -> None:
+    commands = tune.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    overlap = _add_command(
+        commands,
+        "overlap",
+        "for parallel.overlap=auto: products, collectives, and the host",
+        "Measure products, collectives alone and side by side, and how fast the host issues layers, for the cost\n"
+        "model by which parallel.overlap=auto splits micro-batches. Starts under torchrun, with as many ranks as will\n"
+        "train.",
+        "examples:\n  torchrun --nproc-per-node 2 -m moetrain tune overlap\n",
+    )
+    overlap.set_defaults(handler=_tune_overlap)
+
+
+def _add_profile_commands(profile: argparse.ArgumentParser) -> None:
+    commands = profile.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    overlap = _add_command(
+        commands,
+        "overlap",
+        "computation, communication and what of it is exposed, with overlap off and on",
+        "Record steps of CONFIG on random tokens with parallel.overlap off and on, and draw rank 0's computation,\n"
+        "communication and exposed communication, by layer; the figures are printed, and written beside the picture.\n"
+        "With the defaults of bench step. Starts under torchrun, on GPUs.",
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m moetrain profile overlap moe-7b-fine model.n_layers=4 parallel.ep=2 \\\n"
+        "      train.compile=true train.micro_batch=8 --out overlap.png\n",
+    )
+    _add_config(overlap)
+    overlap.add_argument("--out", required=True, metavar="F.png", help="the picture; the figures go to F.json")
+    overlap.add_argument(
+        "--steps", type=positive, default=3, metavar="N", help="to record, one by one (default: %(default)s)"
+    )
+    overlap.set_defaults(handler=_profile_overlap)
 
 
 def _add_bench_output(parser: argparse.ArgumentParser) -> None:
@@ -631,6 +722,12 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     return step_command(Options(**_fields(arguments)))
 
 
+def _bench_overlap(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.overlap import Options, overlap_command
+
+    return overlap_command(Options(**_fields(arguments)))
+
+
 def _bench_placement(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.placement import Options, placement_command
 
@@ -641,6 +738,18 @@ def _bench_allreduce_rmsnorm(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.allreduce_rmsnorm import Options, allreduce_rmsnorm_command
 
     return allreduce_rmsnorm_command(Options(**_fields(arguments)))
+
+
+def _tune_overlap(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.tune_overlap import tune_overlap_command
+
+    return tune_overlap_command()
+
+
+def _profile_overlap(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.profile_overlap import Options, profile_overlap_command
+
+    return profile_overlap_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -240,10 +240,14 @@ class ParallelConfig:
     wire: Literal["compute", "bfloat16", "float8"] = "compute"
     """How rows travel to experts of other ranks: as they are, rounded to bfloat16, or as E4M3 with a scale for each 128
     columns (then the experts' sums return in bfloat16)."""
-    overlap: bool = False
+    overlap: Literal["off", "auto", "on"] = "auto"
     """In training: split a micro-batch's sequences into two halves, of which one communicates (for tp and ep) while the
-    other computes (docs/overlap.md). Capacity limits and token rounding then count the tokens of a half. With tp and ep
-    of 1 nothing is split, for there is nothing to hide."""
+    other computes (docs/overlap.md). on: wherever tp or ep is more than 1; capacity limits and token rounding then
+    count the tokens of a half. auto: where it pays by the measurement of this machine (`moetrain tune overlap`), and
+    changes no result beyond rounding. YAML's true and false are on and off."""
+    overlap_split: int | None = None
+    """Sequences of each tp rank in the first half; default: what auto finds best, half of them without a
+    measurement."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """Who reduces gradients and updates weights: torch, or DeepSpeed's ZeRO (docs/parallelism.md, "Engines")."""
     fsdp: bool = False
@@ -258,8 +262,13 @@ class ParallelConfig:
 
     @property
     def weaves(self) -> bool:
-        """Whether layers in training see the halves of a micro-batch, in turn."""
-        return self.overlap and (self.tp > 1 or self.ep > 1)
+        """Whether layers in training see the halves of a micro-batch, in turn; of auto, which a trainer decides, no."""
+        return self.overlap == "on" and self.communicates
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there is communication within layers."""
+        return self.tp > 1 or self.ep > 1
 
 
 @dataclass(frozen=True)
@@ -353,6 +362,10 @@ class MetricsConfig:
     """auto: rich on a terminal, plain lines elsewhere."""
     tensorboard: bool = False
     wandb_project: str | None = None
+    communication_every: int = 0
+    """Steps between two whose kernels are recorded on all ranks, for time_metrics/communication(s) and
+    time_metrics/exposed_communication(s): seconds of a step, all and those in which nothing else ran (docs/overlap.md);
+    0: off. On a CPU there are no kernels, and no such metrics."""
     peak_tflops: float | None = None
     """Dense peak of one device that MFU divides by; default: the datasheet's, N/A on unknown hardware."""
 
@@ -448,7 +461,7 @@ def _resolve(merged: Any, overrides: Sequence[str]) -> Config:
 
 def _merge(base: Any, update: Any, where: str) -> Any:
     try:
-        update = OmegaConf.create(update)
+        update = _without_booleans(OmegaConf.create(update))
         missing = OmegaConf.missing_keys(update)
         merged = OmegaConf.merge(base, update)
     except ConfigKeyError as error:
@@ -464,6 +477,14 @@ def _merge(base: Any, update: Any, where: str) -> Any:
     if missing:
         raise ConfigError(f"{where}: {min(missing)}: has no value")
     return merged
+
+
+def _without_booleans(update: Any) -> Any:
+    """With parallel.overlap as text: YAML reads a bare on or off as true or false."""
+    section = update.get("parallel") if isinstance(update, DictConfig) else None
+    if isinstance(section, DictConfig) and isinstance(value := section.get("overlap"), bool):
+        section.overlap = "on" if value else "off"
+    return update
 
 
 def _key(error: OmegaConfBaseException) -> str:
@@ -555,6 +576,7 @@ def check(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "eval.every": config.eval.every,
+        "metrics.communication_every": config.metrics.communication_every,
     }.items():
         _require(0 <= value < math.inf, key, value, "must not be negative or infinite")
 
@@ -684,6 +706,12 @@ def check(config: Config) -> None:
     _check_placement(config)
     if parallel.dp is not None:
         _require(parallel.dp > 0, "parallel.dp", parallel.dp, "must be positive")
+    _require(
+        config.metrics.communication_every == 0 or train.profile.steps == 0,
+        "metrics.communication_every",
+        config.metrics.communication_every,
+        "records steps as train.profile.steps does, and there is one profiler; set one of them to 0",
+    )
     if config.metrics.peak_tflops is not None:
         _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
     _require(
@@ -773,8 +801,16 @@ def _check_engine(config: Config) -> None:
 
 
 def _check_overlap(config: Config) -> None:
-    """What the two halves of a micro-batch cannot go through in turn."""
-    refused = {
+    parallel = config.parallel
+    obstacle = overlap_obstacle(config)
+    _require(parallel.overlap != "on" or obstacle is None, "parallel.overlap", "on", str(obstacle))
+    split = parallel.overlap_split
+    _require(split is None or split > 0, "parallel.overlap_split", split, "must be positive")
+
+
+def overlap_obstacle(config: Config) -> str | None:
+    """Why the two halves of a micro-batch cannot go through the layers in turn; None: they can."""
+    reasons = {
         "parallel.fsdp": (config.parallel.fsdp, "FSDP would gather each layer's weights for each half by itself"),
         "parallel.engine": (
             config.parallel.engine == "deepspeed",
@@ -785,10 +821,21 @@ def _check_overlap(config: Config) -> None:
             "a layer that is computed again in one piece communicates again, beside nothing; use selective or none",
         ),
     }
-    for key, (conflicts, reason) in refused.items():
-        _require(
-            not (config.parallel.overlap and conflicts), "parallel.overlap", True, f"not with this {key}: {reason}"
+    return next((f"not with this {key}: {why}" for key, (conflicts, why) in reasons.items() if conflicts), None)
+
+
+def halves_obstacle(config: Config, dp: int) -> str | None:
+    """Why a micro-batch of one of `dp` shares has no two halves; None: it has."""
+    tp, sequences = config.parallel.tp, config.micro_batch(dp)
+    if sequences % tp or sequences < 2 * tp:
+        return (
+            f"each tp rank needs two or more whole sequences of a micro-batch: with parallel.tp = {tp} "
+            f"train.micro_batch can be {2 * tp}, {3 * tp}, …, not {sequences}"
         )
+    split = config.parallel.overlap_split
+    if split is not None and split >= sequences // tp:
+        return f"parallel.overlap_split = {split} leaves nothing of each tp rank's {sequences // tp} sequences"
+    return None
 
 
 def _check_placement(config: Config) -> None:
@@ -862,14 +909,9 @@ def check_world(config: Config, world_size: int) -> None:
         config.train.micro_batch,
         f"must divide a rank's share of a step: {share} sequences, with train.tokens_per_step = {tokens} and dp = {dp}",
     )
-    sequences = config.micro_batch(dp)
-    _require(
-        not parallel.weaves or (sequences % parallel.tp == 0 and sequences >= 2 * parallel.tp),
-        "parallel.overlap",
-        True,
-        f"each tp rank needs two or more whole sequences of a micro-batch: with parallel.tp = {parallel.tp} "
-        f"train.micro_batch can be {2 * parallel.tp}, {3 * parallel.tp}, …, not {sequences}",
-    )
+    if parallel.weaves:
+        obstacle = halves_obstacle(config, dp)
+        _require(obstacle is None, "parallel.overlap", "on", str(obstacle))
 
 
 def to_yaml(config: Config) -> str:

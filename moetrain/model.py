@@ -519,15 +519,16 @@ class Decoder(nn.Module):
     def _woven(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None, noise_seed: int | None
     ) -> tuple[Tensor, list[RouterSums]]:
-        """Two halves of the share: the first of each tp rank's sequences, and the second, so that a rank has the tokens
+        """Two halves of the share: the first of each tp rank's sequences, and the others, so that a rank has the tokens
         that it always has. It needs whole sequences, two or more."""
         tp = 1 if self.tp_group is None else self.tp_group.size()
+        split = [self.config.parallel.overlap_split or (len(x_BSD) + 1) // 2]
         masks: list[Tensor | None] = [None, None]
         if mask_B1SS is not None:
-            masks = [half.flatten(0, 1) for half in mask_B1SS.unflatten(0, (tp, -1)).tensor_split(2, 1)]
+            masks = [half.flatten(0, 1) for half in mask_B1SS.unflatten(0, (tp, -1)).tensor_split(split, 1)]
         halves = [
             self.phases(x, rotary, mask, None if noise_seed is None else derive_seed(noise_seed, "half", place))
-            for place, (x, mask) in enumerate(zip(x_BSD.tensor_split(2), masks, strict=True))
+            for place, (x, mask) in enumerate(zip(x_BSD.tensor_split(split), masks, strict=True))
         ]
         (first_BSD, first_L), (second_BSD, second_L) = weave(halves, x_BSD, x_BSD.device)
         return torch.cat([first_BSD, second_BSD]), list(map(add, first_L, second_L))

@@ -31,6 +31,7 @@ from moetrain.checkpoint import (
     load,
     read_manifest,
 )
+from moetrain.communication_meter import CommunicationMeter
 from moetrain.config import Config, ModelConfig, RouterConfig, check_world, config_hash, to_yaml
 from moetrain.data import (
     Batch,
@@ -53,6 +54,7 @@ from moetrain.kernels.compilations import Compilations
 from moetrain.metrics import MetricsLogger, Throughput, check_trackers, moe_metrics
 from moetrain.model import Decoder, derive_seed
 from moetrain.optim import learning_rate
+from moetrain.overlap import choose_overlap
 from moetrain.parallel import (
     Mesh,
     any_rank,
@@ -153,8 +155,10 @@ class Trainer:
         if source is None and config.checkpoint.init_from is not None:
             begun_with = find_together(Path(config.checkpoint.init_from), mesh, "checkpoint.init_from = ")
         self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
+        self.overlap = choose_overlap(config, mesh)
         with torch.device(mesh.device):
-            self.model = Decoder(config, mesh, None if self.placement is None else self.placement.slots)
+            slots_LE = None if self.placement is None else self.placement.slots
+            self.model = Decoder(self.overlap.applied(config), mesh, slots_LE)
         if begun_with is not None:
             load(begun_with, logical_tensors(self.model), mesh, strict=False, cast=True)
             self.changes = on_rank_0(lambda: self._changes_since(begun_with), mesh.host_group)
@@ -184,6 +188,7 @@ class Trainer:
             start_compile_workers()
             self.model.compile_dense_parts()
         self.throughput = Throughput(config, mesh.device, mesh.world_size, tokens_seen=self.progress.tokens)
+        self.communication = CommunicationMeter(config, mesh, self.throughput)
         on_rank_0(lambda: self._open_logs(source, begun_with, placed), mesh.host_group)
 
     def run(self) -> None:
@@ -246,11 +251,12 @@ class Trainer:
         config, progress = self.config, self.progress
         self.model.train()
         sent_before = self.model.dispatch_bytes
-        loss, routing = self._accumulate_gradients(batches)
-        self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         lr = learning_rate(progress.step, config.train.steps, config.optim)
-        norm = self.engine.step(lr)
+        with self.communication.step(progress.step + 1):
+            loss, routing = self._accumulate_gradients(batches)
+            norm = self.engine.step(lr)
         check_symmetric()  # the norm waited for the device: a kernel that missed another rank has said so
+        self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         finite = math.isfinite(norm)
         if finite:
             self._update_router_biases(routing)
@@ -334,6 +340,7 @@ class Trainer:
             "bad_steps": float(self.progress.bad_steps),
             "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
             **self.throughput.report(),
+            **self.communication.report(),
             **self.placement_metrics,
         }
         self.checkpoint_stall = 0.0
@@ -524,6 +531,8 @@ class Trainer:
             f"{experts}"
         )
         self._message(self.throughput.peak_description)
+        if self.overlap.reason is not None:
+            self._message(self.overlap.reason)
         if self.model.moe_layers and (warning := _rounding_warning(config, mesh.dp, self.model.routers()[0].tile)):
             self._message(warning)
         if source is not None:

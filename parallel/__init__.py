@@ -15,7 +15,7 @@ from moetrain.parallel.dispatch import (
     PairDispatcher,
 )
 from moetrain.parallel.gradients import clip_gradients, gradient_norm, reduce_gradients
-from moetrain.parallel.mesh import Mesh, create_mesh, destroy_mesh, environment_world_size
+from moetrain.parallel.mesh import Mesh, arranged, create_mesh, destroy_mesh, environment_world_size
 from moetrain.parallel.overlap import Phases, complete, weave
 from moetrain.parallel.sharding import ExpertSlots, Sharding
 from moetrain.parallel.symmetric import check_symmetric
@@ -40,6 +40,7 @@ __all__ = [
     "Sharding",
     "add_rmsnorm_all_gather",
     "any_rank",
+    "arranged",
     "check_symmetric",
     "clip_gradients",
     "complete",

@@ -17,7 +17,7 @@ Dense parameters lie the same way on ``tp`` consecutive ranks, which work on one
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -129,6 +129,18 @@ def create_mesh(
         experts=_device_mesh(target, world_size, ep, ("ep", "edp")),
         host_group=_host_group(timeout),
         checkpoint_group=_host_group(timeout),
+    )
+
+
+def arranged(mesh: Mesh, *, tp: int = 1, ep: int = 1) -> Mesh:
+    """The same ranks in other groups; collective. tp and ep must divide their number."""
+    return replace(
+        mesh,
+        dp=mesh.world_size // tp,
+        tp=tp,
+        ep=ep,
+        dense=_device_mesh(mesh.device, mesh.world_size, tp, ("tp", "dp")),
+        experts=_device_mesh(mesh.device, mesh.world_size, ep, ("ep", "edp")),
     )
 
 

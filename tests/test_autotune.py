@@ -261,10 +261,10 @@ def test_nothing_is_timed_inside_a_graph(machine: Any) -> None:
 
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert autotune._default_cache() == tmp_path / "moetrain"
+    assert autotune.cache_folder() == tmp_path / "moetrain"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert autotune._default_cache() == tmp_path / "home" / ".cache" / "moetrain"
+    assert autotune.cache_folder() == tmp_path / "home" / ".cache" / "moetrain"
 
 
 # Compilations

@@ -6,15 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from comparison import config_of
+from ranks import run_ranks
 from torch import Tensor
 
 from moetrain.benchmarks import moe_layer
+from moetrain.benchmarks.overlap import communication_removed
 from moetrain.benchmarks.peers import (
     PEERS,
     Layer,
@@ -29,6 +34,9 @@ from moetrain.benchmarks.peers import (
 from moetrain.benchmarks.step import part_of
 from moetrain.benchmarks.timing import Deadline, saved_bytes, time_interleaved
 from moetrain.cli import main
+from moetrain.model import Decoder
+from moetrain.parallel import create_mesh, tensor
+from moetrain.parallel.mock import MockWorld
 
 CPU = torch.device("cpu")
 
@@ -239,6 +247,87 @@ def test_step_refuses_a_peer_without_such_a_model(capsys: pytest.CaptureFixture[
     assert "another architecture" in capsys.readouterr().err
 
 
+OVERLAP = ["overlap", *STEP[1:-2], "--steps", "1", "--rounds", "1"]
+
+
+def bench_overlap(*arguments: str) -> None:
+    assert main(["bench", *OVERLAP, *arguments]) == 0
+
+
+def test_overlap_off_on_and_floor(tmp_path: Path) -> None:
+    file = tmp_path / "overlap.json"
+    run_ranks(2, bench_overlap, "parallel.ep=2", "--tokens", "64", "8", "--json", str(file))
+    result = json.loads(file.read_text())
+    assert "wrong on purpose" in result["floor"]
+    assert [(row["tokens"], row["sequences"], row["split"]) for row in result["rows"]] == [
+        (64, [2, 32], [1, 1]),
+        (8, [2, 4], [1, 1]),
+    ]
+    for row in result["rows"]:
+        assert row["auto"] == "off"
+        off, on, floor = (row[way]["passes_ms"] for way in ("off", "on", "floor"))
+        assert all(0 < row[way]["passes_ms"] < row[way]["step_ms"] for way in ("off", "on", "floor"))
+        assert row["exposed"] == pytest.approx((off - floor) / off)
+        assert row.get("hidden", (off - on) / (off - floor)) == pytest.approx((off - on) / (off - floor))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is nothing to hide with parallel.tp = 1 and parallel.ep = 1"),
+        (["parallel.ep=2", "parallel.fsdp=true"], "not with this parallel.fsdp"),
+        (["parallel.ep=2", "--tokens", "65"], "--tokens 65: makes no two halves"),
+    ],
+)
+def test_overlap_says_what_it_needs(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", *OVERLAP, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def gradients_and_collectives() -> tuple[list[Tensor], list[tuple[str, torch.dtype, int]]]:
+    """Gradients of a step on a rank, and the collectives of more than single numbers that layers made."""
+    mesh = create_mesh(tp=2, ep=2, device="cpu")
+    overrides = ["parallel.tp=2", "parallel.ep=2", "train.micro_batch=4"]
+    model = Decoder(config_of(Path("run"), Path("data"), *overrides), mesh)
+    model.initialize(0)
+    tokens_BS = torch.arange(64).view(4, 16)
+    _made.calls = []
+    hidden_BSD, stats = model.train()(tokens_BS)
+    (hidden_BSD.square().sum() + sum(layer.balance_loss for layer in stats)).backward()
+    return [weight.grad for weight in model.parameters() if weight.grad is not None], _made.calls
+
+
+_made = threading.local()
+
+
+def test_the_floor_makes_no_collective_but_those_that_lead_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(name: str, function: Any) -> Any:
+        def call(out: Tensor, x: Tensor, *others: Any, **keywords: Any) -> Any:
+            _made.calls.append((name, x.dtype, x.dim()))
+            return function(out, x, *others, **keywords)
+
+        return call
+
+    for module, name in ((tensor, "_all_gather"), (tensor, "_reduce_scatter"), (dist, "all_to_all_single")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    real = MockWorld(2).run(gradients_and_collectives)
+    with communication_removed():
+        floor = MockWorld(2).run(gradients_and_collectives)
+    for (gradients, calls), (floor_gradients, floor_calls) in zip(real, floor, strict=True):
+        rows = {(name, dtype, dims) for name, dtype, dims in calls if dtype.is_floating_point and dims > 1}
+        assert {name for name, *_ in rows} == {"_all_gather", "_reduce_scatter", "all_to_all_single"}
+        left = {(name, dtype.is_floating_point, dims) for name, dtype, dims in floor_calls}
+        assert left == {("all_to_all_single", False, 2), ("all_to_all_single", True, 1)}
+        assert [gradient.shape for gradient in floor_gradients] == [gradient.shape for gradient in gradients]
+        assert all(gradient.isfinite().all() for gradient in floor_gradients)
+        assert any(relative_error(a, b) > 0.1 for a, b in zip(floor_gradients, gradients, strict=True))
+    again = MockWorld(2).run(gradients_and_collectives)
+    assert all(torch.equal(a, b) for a, b in zip(again[0][0], real[0][0], strict=True))
+
+
 def test_parts_of_a_step() -> None:
     assert part_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "attention"
     assert part_of("up_projection_kernel") == "expert products"
@@ -248,6 +337,8 @@ def test_parts_of_a_step() -> None:
     assert part_of("void at::native::vectorized_elementwise_kernel<4>") == "element-wise, reductions"
     assert part_of("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)") == "all-to-all"
     assert part_of("ncclDevKernel_AllReduce_Sum_bf16_RING_LL") == "other collectives"
+    assert part_of("exchange_add_rmsnorm_forward_kernel") == "other collectives"
+    assert part_of("add_rmsnorm_forward_kernel") == "norms"
     assert part_of("mystery") == "other"
 
 

@@ -76,7 +76,7 @@ BAD_OVERRIDES = [
         )
     ),
     *(
-        (["parallel.overlap=true", "parallel.ep=2", *overrides], f"parallel.overlap = True: {named}")
+        (["parallel.overlap=on", "parallel.ep=2", *overrides], f"parallel.overlap = on: {named}")
         for overrides, named in (
             (["parallel.fsdp=true"], "not with this parallel.fsdp: FSDP would gather"),
             (["parallel.engine=deepspeed"], "not with this parallel.engine: DeepSpeed collects"),
@@ -92,8 +92,16 @@ BAD_OVERRIDES = [
     ),
     (
         ["parallel.overlap=true", "parallel.tp=2", "--nproc", "2", "train.micro_batch=2"],
-        "with parallel.tp = 2 train.micro_batch can be 4, 6, …, not 2",
+        "parallel.overlap = on: each tp rank needs two or more whole sequences of a micro-batch: with parallel.tp = 2 "
+        "train.micro_batch can be 4, 6, …, not 2",
     ),
+    (
+        ["parallel.overlap=on", "parallel.ep=2", "--nproc", "2", "train.micro_batch=2", "parallel.overlap_split=2"],
+        "parallel.overlap_split = 2 leaves nothing of each tp rank's 2 sequences",
+    ),
+    (["metrics.communication_every=10", "train.profile.steps=2"], "metrics.communication_every = 10: records steps as"),
+    (["parallel.overlap_split=0"], "parallel.overlap_split = 0: must be positive"),
+    (["parallel.overlap=maybe"], "parallel.overlap: Invalid value 'maybe', expected one of ['off', 'auto', 'on']"),
     (["model.n_kv_heads=3"], "model.n_kv_heads"),
     (["model.head_dim=31"], "model.head_dim"),
     (["model.num_experts=-8"], "model.num_experts"),

@@ -17,7 +17,7 @@ import torch
 from comparison import MODELS, assert_same, config_of, train
 from torch import Tensor
 
-from moetrain.config import from_dict
+from moetrain.config import from_dict, load_config, to_yaml
 from moetrain.model import Attention, Decoder, Experts
 from moetrain.parallel import AllToAllDispatcher, Phases, complete, create_mesh, weave
 from moetrain.parallel.mock import MockWorld
@@ -186,9 +186,10 @@ def test_each_collective_has_the_other_halfs_computation_beside_it(monkeypatch: 
         ["parallel.ep=2", "router.balance_scope=rank", "train.micro_batch=4"],
         ["parallel.ep=2", "router.balance_scope=global", "train.micro_batch=4"],
         ["parallel.ep=2", "parallel.tp=2", "router.balance_scope=rank", "train.micro_batch=4"],
-        # Halves of two sequences and of one.
+        # Halves of two sequences and of one, and the other way round.
         ["parallel.ep=2", "router.balance_scope=rank", "train.micro_batch=3", "train.tokens_per_step=96"],
         ["parallel.tp=2", "router.balance_scope=sequence", "train.micro_batch=6", "train.tokens_per_step=96"],
+        ["parallel.tp=2", "train.micro_batch=6", "train.tokens_per_step=96", "parallel.overlap_split=1"],
     ],
 )
 def test_losses_and_metrics_are_those_of_the_whole_micro_batch(
@@ -212,9 +213,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [record for record in records if "grad_norm" in record]
 
 
-def hidden_of_documents(overlap: str) -> Tensor:
+def hidden_of_documents(*overrides: str) -> Tensor:
     mesh = create_mesh(tp=2, device="cpu")
-    config = config_of(Path("run"), Path("data"), *MODELS["qwen"], "parallel.tp=2", f"parallel.overlap={overlap}")
+    config = config_of(Path("run"), Path("data"), *MODELS["qwen"], "parallel.tp=2", *overrides)
     model = Decoder(config, mesh)
     model.initialize(0)
     generator = torch.Generator().manual_seed(1)
@@ -224,7 +225,11 @@ def hidden_of_documents(overlap: str) -> Tensor:
 
 
 def test_each_half_has_the_documents_of_its_sequences() -> None:
-    for off, on in zip(*(MockWorld(2).run(hidden_of_documents, overlap) for overlap in ("off", "on")), strict=True):
+    off, *others = (
+        MockWorld(2).run(hidden_of_documents, *overrides)
+        for overrides in ([], ["parallel.overlap=on"], ["parallel.overlap=on", "parallel.overlap_split=1"])
+    )
+    for on in others:
         torch.testing.assert_close(on, off, rtol=1e-12, atol=0)
 
 
@@ -258,6 +263,18 @@ def test_on_the_streams_of_a_gpu(overrides: list[str], tmp_path: Path, data_fold
     assert_same(MockWorld(2, "cuda").run(train, on), expected)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("on", "on"), ("off", "off"), ("true", "on"), ("no", "off"), ("auto", "auto")]
+)
+def test_overlap_is_read_as_people_write_it(written: str, read: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"parallel:\n  overlap: {written}\n")
+    config = load_config(str(file))
+    assert config.parallel.overlap == from_dict({}, [f"parallel.overlap={written}"]).parallel.overlap == read
+    file.write_text(to_yaml(config))
+    assert load_config(str(file), [f"run.dir={config.run.dir}"]) == config
+
+
 def test_without_ranks_to_talk_to_nothing_is_split() -> None:
-    assert not from_dict({"parallel": {"overlap": True}}).parallel.weaves
-    assert from_dict({"parallel": {"overlap": True, "ep": 2}}).parallel.weaves
+    assert not from_dict({"parallel": {"overlap": "on"}}).parallel.weaves
+    assert from_dict({"parallel": {"overlap": "on", "ep": 2}}).parallel.weaves

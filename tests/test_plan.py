@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -236,11 +236,11 @@ def test_memory_of_a_rank_by_engine() -> None:
 
 
 def test_each_half_of_a_micro_batch_has_its_copies_of_the_weights() -> None:
-    def copies(overlap: bool) -> int:
+    def copies(overlap: Literal["off", "auto", "on"]) -> int:
         train = replace(TINY.train, dtype="bfloat16", micro_batch=2, tokens_per_step=4 * TINY.data.seq_len)
         return make_plan(replace(TINY, train=train, parallel=ParallelConfig(ep=2, overlap=overlap)), 2).copy_bytes
 
-    assert copies(True) == 2 * copies(False) > 0
+    assert copies("on") == 2 * copies("off") == 2 * copies("auto") > 0
 
 
 def kept_bytes(config: Config, mesh: Mesh | None = None) -> int:

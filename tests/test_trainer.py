@@ -194,8 +194,8 @@ def test_rounding_warning(tmp_path: Path, data_folder: Path) -> None:
     assert "an expert gets 32 tokens" in (warning("parallel.tp=2", tile=32) or "")
     assert "use train.micro_batch = 8 or more" in (warning("parallel.tp=2", tile=32) or "")
     # Halves are rounded each by itself, where there are halves.
-    assert "an expert gets 32 tokens" in (warning("parallel.ep=2", "parallel.overlap=true", tile=32) or "")
-    assert warning("parallel.overlap=true", tile=32) is None
+    assert "an expert gets 32 tokens" in (warning("parallel.ep=2", "parallel.overlap=on", tile=32) or "")
+    assert warning("parallel.overlap=on", tile=32) is None
     assert "use train.micro_batch = 4 or more with train.tokens_per_step = 1024, or" in (warning(dp=8, tile=32) or "")
 
 
