@@ -12,6 +12,7 @@ Shapes: R rows, C columns, E experts; leading dimensions are a batch.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -258,21 +259,19 @@ def _fake_quantize(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Values and tensor scale, the latter empty if there is none."""
+    parsed, axes = Format.parse(fmt), tuple(axis)
     if x.numel() == 0:
-        return x.new_empty(x.shape, dtype=dtype), _tensor_scale(x, Format.parse(fmt), None)
+        return x.new_empty(x.shape, dtype=dtype), _tensor_scale(x, parsed, None)
+    if _has_kernels(x, parsed):
+        from moetrain.kernels import microscaling_triton
+
+        seeds = (seed, seed_tensor), hadamard, (hadamard_seed, hadamard_seed_tensor)
+        return microscaling_triton.fake_quantize(x, parsed, axes, rounding, *seeds, expert_offsets, amax, dtype)
     transform = twin.Transform(hadamard, _as_tensor(hadamard_seed, hadamard_seed_tensor, x.device))
-    elements, scales, _, encode = twin.quantize(
-        x,
-        Format.parse(fmt),
-        tuple(axis),
-        rounding,
-        transform,
-        _as_tensor(seed, seed_tensor, x.device),
-        expert_offsets,
-        amax,
-    )
+    seeds_of_x = _as_tensor(seed, seed_tensor, x.device)
+    elements, scales, _, encode = twin.quantize(x, parsed, axes, rounding, transform, seeds_of_x, expert_offsets, amax)
     values = elements if scales is None else elements * scales
-    return values.to(dtype).contiguous(), _tensor_scale(x, Format.parse(fmt), encode)
+    return values.to(dtype).contiguous(), _tensor_scale(x, parsed, encode)
 
 
 @_fake_quantize.register_fake
@@ -295,13 +294,21 @@ def _quantize(
     amax: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and tensor scale, the latter two empty if there are none."""
-    parsed = Format.parse(fmt)
+    parsed, axes = Format.parse(fmt), tuple(axis)
+    no_codes, no_scales, _ = _fake_quantized(x, fmt, axis, expert_offsets)
     if x.numel() == 0:
-        no_codes, no_scales, _ = _fake_quantized(x, fmt, axis, expert_offsets)
         return no_codes, no_scales.zero_(), _tensor_scale(x, parsed, None)
+    if _has_kernels(x, parsed):
+        from moetrain.kernels import microscaling_triton
+
+        seeds = (seed, seed_tensor), hadamard, (hadamard_seed, hadamard_seed_tensor)
+        return microscaling_triton.quantize(
+            x, parsed, axes, rounding, *seeds, expert_offsets, amax, tuple(no_scales.shape)
+        )
     transform = twin.Transform(hadamard, _as_tensor(hadamard_seed, hadamard_seed_tensor, x.device))
+    seeds_of_x = _as_tensor(seed, seed_tensor, x.device)
     elements, in_place, scales, encode = twin.quantize(
-        x, parsed, tuple(axis), rounding, transform, _as_tensor(seed, seed_tensor, x.device), expert_offsets, amax
+        x, parsed, axes, rounding, transform, seeds_of_x, expert_offsets, amax
     )
     if in_place is not None:
         elements = torch.where(in_place.isnan(), 0.0, elements)
@@ -344,6 +351,10 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     parsed = Format.parse(fmt)
+    if _has_kernels(codes, parsed) and codes.numel():
+        from moetrain.kernels import microscaling_triton
+
+        return microscaling_triton.dequantize(codes, scales, parsed, tuple(axis), columns, expert_offsets, dtype)
     places = _unpack(codes, columns) if parsed.element.bits == 4 else codes
     values = _table(parsed.element, codes.device).index_select(0, places.flatten().to(torch.int64)).view(places.shape)
     if scales is not None:
@@ -368,6 +379,11 @@ def _amax(
 ) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if _has_kernels(x):
+        from moetrain.kernels import microscaling_triton
+
+        seeds = hadamard_seed, hadamard_seed_tensor
+        return microscaling_triton.tensor_amax(x, tuple(axis), hadamard, seeds, expert_offsets)
     transform = twin.Transform(hadamard, _as_tensor(hadamard_seed, hadamard_seed_tensor, x.device))
     return twin.tensor_amax(x, tuple(axis), hadamard, transform, expert_offsets)
 
@@ -479,6 +495,14 @@ def _tensor_scale(x: Tensor, fmt: Format, encode: Tensor | None) -> Tensor:
 
 def _fake_tensor_scale(x: Tensor, fmt: str) -> Tensor:
     return x.new_empty(() if _has_tensor_scale(Format.parse(fmt)) else (0,), dtype=torch.float32)
+
+
+def _has_kernels(tensor: Tensor, fmt: Format | None = None) -> bool:
+    if not tensor.is_cuda or not importlib.util.find_spec("triton"):
+        return False
+    from moetrain.kernels import microscaling_triton
+
+    return microscaling_triton.supports(tensor, fmt)
 
 
 # Codes ---------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Every format here is a grid of numbers ±m · 2^e without infinities: docs/fp4.m
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -133,6 +134,11 @@ class Format:
         if not 0.0 < self.shrink <= 1.0:
             raise ValueError(f"shrink is {self.shrink}, must be in (0, 1]")
 
+    @property
+    def largest(self) -> float:
+        """Of element times scale, to which a tensor scale brings the tensor's largest element."""
+        return self.element.largest * (1.0 if self.scale is None else self.scale.normal)
+
     def __str__(self) -> str:
         """As :meth:`parse` reads it: element:scale:block:scale_rounding[:tensor][:shrink=F]."""
         scale = "none" if self.scale is None else self.scale.name
@@ -141,6 +147,7 @@ class Format:
         return ":".join(parts)
 
     @staticmethod
+    @functools.cache
     def parse(text: str) -> Format:
         """A preset's name, or what :meth:`__str__` gives. Raises ValueError that says what there is."""
         if text in PRESETS:

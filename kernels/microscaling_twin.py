@@ -21,6 +21,8 @@ from moetrain.kernels.microscaling_formats import ElementFormat, Format, ScaleFo
 ROUNDING_STREAM, SIGN_STREAM = 0, 1
 """Second words of the random numbers' counters."""
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -198,11 +200,10 @@ def slot(offsets: Tensor, experts: Tensor, block: int) -> Tensor:
 def encode_scale(amax: Tensor, fmt: Format) -> Tensor:
     """The factor s_enc that brings a tensor of that largest magnitude into the format's range, a scalar.
 
-    s_enc = (largest element · scale.normal) / amax, at most the largest float32, 1 for amax = 0, NaN if it is not
-    finite (arXiv 2509.25149, equation 1).
+    s_enc = fmt.largest / amax, at most the largest float32, 1 for amax = 0, NaN if it is not finite (arXiv 2509.25149,
+    equation 1).
     """
-    normal = 1.0 if fmt.scale is None else fmt.scale.normal
-    encode = (fmt.element.largest * normal / amax).clamp_max(torch.finfo(torch.float32).max)
+    encode = (torch.full_like(amax, fmt.largest) / amax).clamp_max(FLOAT32_MAX)
     encode = torch.where(amax == 0, 1.0, encode)
     return torch.where(amax.isfinite(), encode, torch.nan)
 
@@ -211,17 +212,15 @@ def round_scale(amax: Tensor, fmt: Format, encode: Tensor | None) -> Tensor:
     """The scale of blocks with that largest magnitude, NaN where it is not finite."""
     scale = fmt.scale
     assert scale is not None
+    encode = torch.ones_like(amax) if encode is None else encode
     if scale.mantissa_bits > 0:
-        wanted = amax / fmt.element.largest
-        if encode is not None:
-            wanted = wanted * encode
-        rounded = _nearest(wanted, scale).clamp_max(scale.largest)
+        wanted = (amax / torch.full_like(amax, fmt.element.largest)) * encode
+        rounded = _nearest(wanted.clamp_max(scale.largest), scale)
     else:
-        if encode is not None:
-            amax = amax * encode
-        exponent = _scale_exponent(amax, fmt).clamp(scale.min_exponent, round(math.log2(scale.largest)))
+        exponent = _scale_exponent((amax * encode).clamp_max(FLOAT32_MAX), fmt)
+        exponent = exponent.clamp(scale.min_exponent, round(math.log2(scale.largest)))
         rounded = torch.ldexp(torch.ones_like(amax, dtype=torch.float64), exponent).to(amax.dtype)
-    return torch.where(amax.isfinite(), rounded, torch.nan)
+    return torch.where(amax.isfinite() & encode.isfinite(), rounded, torch.nan)
 
 
 def _scale_exponent(amax: Tensor, fmt: Format) -> Tensor:
@@ -230,7 +229,7 @@ def _scale_exponent(amax: Tensor, fmt: Format) -> Tensor:
     exponent = exponent.to(torch.int64)
     if fmt.scale_rounding == "rceil":
         # amax / largest is rounded before its exponent is taken, as in cvt.rp.ue8m0 of a float32 quotient.
-        mantissa, exponent = torch.frexp((amax / fmt.element.largest).to(torch.float64))
+        mantissa, exponent = torch.frexp((amax / torch.full_like(amax, fmt.element.largest)).to(torch.float64))
         exponent = exponent.to(torch.int64) - (mantissa == 0.5).to(torch.int64)
         return torch.where(amax == 0, -10000, exponent)
     floor = exponent - 1
@@ -244,11 +243,12 @@ def _scale_exponent(amax: Tensor, fmt: Format) -> Tensor:
 
 
 def scale_codes(scales: Tensor, scale: ScaleFormat) -> Tensor:
-    """uint8 codes of scales of that format."""
+    """uint8 codes of scales of that format, and of the zeros in places without a block."""
     if scale.mantissa_bits > 0:
         codes = _magnitude_codes(scales, scale)
     else:
         codes = torch.frexp(scales.to(torch.float64))[1].to(torch.int64) - 1 - scale.min_exponent
+        codes = torch.where(scales == 0, 0, codes)
     return torch.where(scales.isnan(), scale.nan_code, codes).to(torch.uint8)
 
 
@@ -369,7 +369,7 @@ def quantize(
 def _block_encode(scales: Tensor, encode: Tensor | None) -> Tensor:
     """1 / (scale · s_dec), at most the largest float32, 0 for a scale of 0 (arXiv 2509.25149, Appendix B.2)."""
     decoded = scales if encode is None else scales * (1.0 / encode)
-    factor = (1.0 / decoded).clamp_max(torch.finfo(torch.float32).max)
+    factor = (1.0 / decoded).clamp_max(FLOAT32_MAX)
     return torch.where(scales == 0, 0.0, factor)
 
 
