@@ -104,7 +104,7 @@ def fake_quantize(
     """
     arguments = _arguments(x, fmt, axis, rounding, seed, hadamard, hadamard_seed, expert_offsets, amax)
     values, tensor_scale = _fake_quantize(x, *arguments, x.dtype if dtype is None else dtype)
-    return values, tensor_scale if _has_tensor_scale(fmt) else None
+    return values, tensor_scale if fmt.scales_tensor else None
 
 
 def quantize(
@@ -125,7 +125,7 @@ def quantize(
     """
     arguments = _arguments(x, fmt, axis, rounding, seed, hadamard, hadamard_seed, expert_offsets, amax)
     codes, scales, tensor_scale = _quantize(x, *arguments)
-    return Quantized(codes, scales if fmt.scale is not None else None, tensor_scale if _has_tensor_scale(fmt) else None)
+    return Quantized(codes, scales if fmt.scale is not None else None, tensor_scale if fmt.scales_tensor else None)
 
 
 def dequantize(
@@ -229,8 +229,7 @@ def expand_scales(
         places_R = torch.arange(rows, device=scales.device)
         experts_R = torch.searchsorted(offsets[1:], places_R, right=True).clamp_max(offsets.numel() - 2)
         slots_R = twin.slot(offsets, experts_R, fmt.block) + (places_R - offsets[experts_R]) // fmt.block
-        is_row_R = places_R < offsets[-1]
-        return scales[slots_R.clamp_max(scales.shape[0] - 1)] * is_row_R[:, None]
+        return twin.rows_of_experts(scales[slots_R.clamp_max(scales.shape[0] - 1)], expert_offsets)
     if -2 in axes:
         scales = scales.repeat_interleave(fmt.block, dim=-2)[..., :rows, :]
     if -1 in axes:
@@ -261,7 +260,7 @@ def _fake_quantize(
     """Values and tensor scale, the latter empty if there is none."""
     parsed, axes = Format.parse(fmt), tuple(axis)
     if x.numel() == 0:
-        return x.new_empty(x.shape, dtype=dtype), _tensor_scale(x, parsed, None)
+        return x.new_empty(x.shape, dtype=dtype), twin.tensor_scale(x, parsed, None)
     if _has_kernels(x, parsed):
         from moetrain.kernels import microscaling_triton
 
@@ -271,7 +270,7 @@ def _fake_quantize(
     seeds_of_x = _as_tensor(seed, seed_tensor, x.device)
     elements, scales, _, encode = twin.quantize(x, parsed, axes, rounding, transform, seeds_of_x, expert_offsets, amax)
     values = elements if scales is None else elements * scales
-    return values.to(dtype).contiguous(), _tensor_scale(x, parsed, encode)
+    return values.to(dtype).contiguous(), twin.tensor_scale(x, parsed, encode)
 
 
 @_fake_quantize.register_fake
@@ -297,7 +296,7 @@ def _quantize(
     parsed, axes = Format.parse(fmt), tuple(axis)
     no_codes, no_scales, _ = _fake_quantized(x, fmt, axis, expert_offsets)
     if x.numel() == 0:
-        return no_codes, no_scales.zero_(), _tensor_scale(x, parsed, None)
+        return no_codes, no_scales.zero_(), twin.tensor_scale(x, parsed, None)
     if _has_kernels(x, parsed):
         from moetrain.kernels import microscaling_triton
 
@@ -316,7 +315,7 @@ def _quantize(
     scale_codes = x.new_empty(0, dtype=torch.uint8)
     if scales is not None and parsed.scale is not None:
         scale_codes = twin.scale_codes(scales, parsed.scale)
-    return codes, scale_codes, _tensor_scale(x, parsed, encode)
+    return codes, scale_codes, twin.tensor_scale(x, parsed, encode)
 
 
 @_quantize.register_fake
@@ -481,20 +480,8 @@ def _as_tensor(seed: int, seed_tensor: Tensor | None, device: torch.device) -> T
     return torch.tensor(seed, device=device) if seed_tensor is None else seed_tensor.to(torch.int64).view(())
 
 
-def _has_tensor_scale(fmt: Format) -> bool:
-    return fmt.tensor_scale or fmt.shrink != 1.0
-
-
-def _tensor_scale(x: Tensor, fmt: Format, encode: Tensor | None) -> Tensor:
-    """(1 / s_enc) / shrink; empty if the format has neither."""
-    if not _has_tensor_scale(fmt):
-        return x.new_empty(0, dtype=torch.float32)
-    encode = x.new_ones(()) if encode is None else encode
-    return ((1.0 / encode.to(torch.float32)) / fmt.shrink).view(())
-
-
 def _fake_tensor_scale(x: Tensor, fmt: str) -> Tensor:
-    return x.new_empty(() if _has_tensor_scale(Format.parse(fmt)) else (0,), dtype=torch.float32)
+    return x.new_empty(() if Format.parse(fmt).scales_tensor else (0,), dtype=torch.float32)
 
 
 def _has_kernels(tensor: Tensor, fmt: Format | None = None) -> bool:

@@ -135,6 +135,11 @@ class Format:
             raise ValueError(f"shrink is {self.shrink}, must be in (0, 1]")
 
     @property
+    def scales_tensor(self) -> bool:
+        """Whether values must be multiplied by a tensor scale."""
+        return self.tensor_scale or self.shrink != 1.0
+
+    @property
     def largest(self) -> float:
         """Of element times scale, to which a tensor scale brings the tensor's largest element."""
         return self.element.largest * (1.0 if self.scale is None else self.scale.normal)

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetrain.kernels import microscaling_twin as twin
 from moetrain.kernels.microscaling_formats import Format
-from moetrain.kernels.microscaling_twin import ROUNDING_STREAM, SIGN_STREAM
 
 MIN_BLOCK, MAX_BLOCK = 8, 128
 """Blocks of powers of two in between; the twin takes others."""
@@ -29,8 +29,8 @@ MIN_BLOCK, MAX_BLOCK = 8, 128
 FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 GROUP = tl.constexpr(8)
-_ROUNDING_STREAM = tl.constexpr(ROUNDING_STREAM)
-_SIGN_STREAM = tl.constexpr(SIGN_STREAM)
+ROUNDING_STREAM = tl.constexpr(twin.ROUNDING_STREAM)
+SIGN_STREAM = tl.constexpr(twin.SIGN_STREAM)
 
 Seed = tuple[int, Tensor | None]
 """A number, or a tensor that holds it."""
@@ -172,21 +172,16 @@ def _launch(
     if fmt.tensor_scale and amax is None:
         amax = tensor_amax(x, axis, hadamard, hadamard_seed, expert_offsets)
     amax = None if amax is None or not fmt.tensor_scale else amax.to(device=x.device, dtype=torch.float32)
-    if fmt.tensor_scale:
-        tensor_scale = torch.empty((), dtype=torch.float32, device=x.device)
-    elif fmt.shrink != 1.0:
-        tensor_scale = torch.full((), 1.0, device=x.device) / fmt.shrink
-    else:
-        tensor_scale = torch.empty(0, dtype=torch.float32, device=x.device)
+    computed = torch.empty((), dtype=torch.float32, device=x.device) if fmt.tensor_scale else None
     block = fmt.block if fmt.scale is not None else max(hadamard, MIN_BLOCK)
-    pointers = (x, out, scales, amax, tensor_scale, *_int32(seed), *_int32(hadamard_seed), expert_offsets)
+    pointers = (x, out, scales, amax, computed, *_int32(seed), *_int32(hadamard_seed), expert_offsets)
     constants = {"WHAT": what, "HADAMARD": hadamard, "ROUNDING": rounding, "FMT": fmt}
     with torch.cuda.device_of(x):
         if axis == (-1,):
             _launch_columns(x, pointers, block, hadamard, constants)
         else:
             _launch_rows(x, pointers, block, hadamard, axis, expert_offsets, constants)
-    return tensor_scale
+    return twin.tensor_scale(x, fmt, None) if computed is None else computed
 
 
 def _transform(
@@ -289,7 +284,7 @@ def _philox(low, stream: tl.constexpr, key):
 @triton.jit
 def _dither(counters, key):
     """(2r − 255) / 512 of the 8 bytes r of each counter, float32 [..., 8]; r / 256 is put into the bits of 1.0."""
-    first, second = _philox(counters.to(tl.uint32), _ROUNDING_STREAM, key)
+    first, second = _philox(counters.to(tl.uint32), ROUNDING_STREAM, key)
     place = tl.arange(0, 8)[None, None, None, :]
     words = tl.where(place < 4, first[:, :, :, None], second[:, :, :, None])
     random_bytes = (words >> ((place % 4) * 8).to(tl.uint32)) & 0xFF
@@ -300,10 +295,10 @@ def _dither(counters, key):
 def _sign_bits(places, key, SIZE: tl.constexpr):
     """The sign bit of each place of a transform, int32."""
     counter = tl.zeros((1,), tl.uint32)
-    first, second = _philox(counter, _SIGN_STREAM, key)
+    first, second = _philox(counter, SIGN_STREAM, key)
     words = tl.where(places % 64 < 32, tl.sum(first, 0), tl.sum(second, 0))
     if SIZE > 64:
-        third, fourth = _philox(counter + 1, _SIGN_STREAM, key)
+        third, fourth = _philox(counter + 1, SIGN_STREAM, key)
         later = tl.where(places % 64 < 32, tl.sum(third, 0), tl.sum(fourth, 0))
         words = tl.where(places % SIZE < 64, words, later)
     return (((words >> (places % 32).to(tl.uint32)) & 1) << 31).to(tl.int32, bitcast=True)
@@ -517,7 +512,6 @@ def _quantize_tiles(
     x,
     dither,
     amax,
-    tensor_scale,
     FMT: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -527,14 +521,9 @@ def _quantize_tiles(
     W: tl.constexpr,
 ):
     """Of x [A, N, W] the magnitudes on the grid, the sign bits and the scales, NaN for bad elements, [A, N, W]; the
-    scales of the blocks [A · W / BLOCK, N]. The first program stores the tensor's scale."""
+    scales of the blocks [A · W / BLOCK, N]."""
     ELEMENT: tl.constexpr = FMT.element
-    encode = 1.0
-    if FMT.tensor_scale:
-        encode = _encode_scale(amax, FMT)
-        if tl.program_id(0) == 0:
-            decode = tl.div_rn(1.0, encode)
-            tl.store(tensor_scale, tl.div_rn(decode, FMT.shrink) if FMT.shrink != 1.0 else decode)
+    encode = _encode_scale(amax, FMT) if FMT.tensor_scale else 1.0
     if FMT.scale is not None:
         scales, factors = _block_scale(_block_amax(x, BLOCK, SQUARE, A, N, W), encode, FMT)
         factors = _of_elements(factors, BLOCK, A, N, W)
@@ -547,6 +536,14 @@ def _quantize_tiles(
     scaled = tl.minimum(tl.abs(x * factors), ELEMENT.largest)
     magnitudes = _round(scaled, dither, ELEMENT, ROUNDING)
     return magnitudes, x.to(tl.int32, bitcast=True) & -2147483648, element_scales, scales
+
+
+@triton.jit
+def _store_tensor_scale(tensor_scale, amax, FMT: tl.constexpr):
+    """By the first program, whether or not it has elements."""
+    if tensor_scale is not None and tl.program_id(0) == 0:
+        decode = tl.div_rn(1.0, _encode_scale(amax, FMT))
+        tl.store(tensor_scale, tl.div_rn(decode, FMT.shrink) if FMT.shrink != 1.0 else decode)
 
 
 @triton.jit
@@ -585,6 +582,7 @@ def _columns_kernel(
     N: tl.constexpr,
 ):
     """Blocks of consecutive elements of a row; EVEN if rows are whole tiles, which then follow one another."""
+    _store_tensor_scale(tensor_scale, amax, FMT)
     first = tl.program_id(0).to(tl.int64) * N
     tile_N = tl.arange(0, N)
     run_A = tl.arange(0, A)[:, None, None] * W
@@ -607,8 +605,8 @@ def _columns_kernel(
         is_there, is_read = is_tile_N & (column < columns), is_read_N & (column < columns)
         valid = (columns - column_N)[None, :, None]
 
-    # Of the dimensions without contiguous elements threads shall divide N, so that each has whole tiles in its registers;
-    # this hint makes it the one that the compiler takes first.
+    # Of the dimensions without contiguous elements threads shall divide N, so that each has whole tiles in registers:
+    # the hint makes it the one that the compiler takes first.
     place = tl.max_contiguous(place, [1, 2, W])
     values = tl.load(x + start + place, mask=is_read, other=0.0).to(tl.float32)
     if HADAMARD > 1:
@@ -628,7 +626,7 @@ def _columns_kernel(
                 counter = (row_N * groups + column_N // GROUP)[None, :, None] + (run_A // GROUP + group_W)
             dither = tl.reshape(_dither(counter, _key(seed, seed_pointer)), (A, N, W))
         magnitudes, sign_bits, element_scales, block_scales = _quantize_tiles(
-            values, dither, amax, tensor_scale, FMT, ROUNDING, BLOCK, False, A, N, W
+            values, dither, amax, FMT, ROUNDING, BLOCK, False, A, N, W
         )
         if WHAT == "values":
             values = _flip(magnitudes, sign_bits) * element_scales
@@ -694,6 +692,7 @@ def _rows_kernel(
     C: tl.constexpr,
 ):
     """Blocks of consecutive elements of a column, or square ones; EVEN if the rows are whole tiles."""
+    _store_tensor_scale(tensor_scale, amax, FMT)
     program = tl.program_id(0)
     tile = program // across % down
     matrix = (program // (across * down)).to(tl.int64)
@@ -742,7 +741,7 @@ def _rows_kernel(
             counter = (matrix * rows + first) * groups + (tl.arange(0, L)[:, None] * groups + group[None, :])
             dither = tl.reshape(_dither(counter[:, :, None], _key(seed, seed_pointer)), (L, C, 1))
         magnitudes, sign_bits, element_scales, block_scales = _quantize_tiles(
-            values, dither, amax, tensor_scale, FMT, ROUNDING, BLOCK, SQUARE, L, C, 1
+            values, dither, amax, FMT, ROUNDING, BLOCK, SQUARE, L, C, 1
         )
         if WHAT == "values":
             values = tl.reshape(_flip(magnitudes, sign_bits) * element_scales, (L, C))

@@ -208,6 +208,14 @@ def encode_scale(amax: Tensor, fmt: Format) -> Tensor:
     return torch.where(amax.isfinite(), encode, torch.nan)
 
 
+def tensor_scale(x: Tensor, fmt: Format, encode: Tensor | None) -> Tensor:
+    """(1 / s_enc) / shrink, float32 scalar on the device of x; empty if the format has neither."""
+    if not fmt.scales_tensor:
+        return x.new_empty(0, dtype=torch.float32)
+    encode = x.new_ones((), dtype=torch.float32) if encode is None else encode.to(torch.float32)
+    return ((1.0 / encode) / encode.new_full((), fmt.shrink)).view(())
+
+
 def round_scale(amax: Tensor, fmt: Format, encode: Tensor | None) -> Tensor:
     """The scale of blocks with that largest magnitude, NaN where it is not finite."""
     scale = fmt.scale
