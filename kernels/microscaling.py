@@ -311,7 +311,7 @@ def _quantize(
     )
     if in_place is not None:
         elements = torch.where(in_place.isnan(), 0.0, elements)
-    codes = _pack(twin.element_codes(elements, parsed.element), parsed.element)
+    codes = twin.pack(twin.element_codes(elements, parsed.element), parsed.element)
     scale_codes = x.new_empty(0, dtype=torch.uint8)
     if scales is not None and parsed.scale is not None:
         scale_codes = twin.scale_codes(scales, parsed.scale)
@@ -498,15 +498,6 @@ def _has_kernels(tensor: Tensor, fmt: Format | None = None) -> bool:
 @functools.cache
 def _table(numbers: ElementFormat | ScaleFormat, device: torch.device) -> Tensor:
     return numbers.values().to(device=device, dtype=torch.float32)
-
-
-def _pack(codes: Tensor, element: ElementFormat) -> Tensor:
-    """Codes of 4 bits two a byte, the even column in the low half."""
-    if element.bits != 4:
-        return codes.contiguous()
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def _unpack(codes: Tensor, columns: int) -> Tensor:

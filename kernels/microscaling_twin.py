@@ -303,6 +303,14 @@ def element_codes(values: Tensor, element: ElementFormat) -> Tensor:
     return torch.where(values.isnan(), 0, codes).to(torch.uint8)
 
 
+def pack(codes: Tensor, element: ElementFormat) -> Tensor:
+    """Codes of 4 bits two a byte, the even column in the low half; others as they are."""
+    if element.bits != 4:
+        return codes.contiguous()
+    codes = F.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
 def _magnitude_codes(magnitudes: Tensor, grid: ElementFormat | ScaleFormat) -> Tensor:
     """Exponent field and mantissa of numbers ≥ 0 of the grid, int64."""
     steps = _steps(magnitudes, grid)

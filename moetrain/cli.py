@@ -358,6 +358,22 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(step)
     step.set_defaults(handler=_bench_step)
 
+    microscaling = _add_command(
+        commands,
+        "microscaling",
+        "quantisers of FP4 and other microscaling formats",
+        "Time the quantisers on one bfloat16 tensor beside a copy of it, after checking every result against its\n"
+        "definition in plain PyTorch.",
+        "examples:\n"
+        "  moetrain bench microscaling --json microscaling.json\n"
+        "  moetrain bench microscaling --shapes 16384,4096 4096,14336 --peers torchao\n",
+    )
+    microscaling.add_argument("--shapes", nargs="+", metavar="R,C", help="rows, columns (default: 16384,4096)")
+    microscaling.add_argument("--peers", nargs="*", metavar="P", help="torchao (default: if it is installed)")
+    microscaling.add_argument("--rounds", type=positive, default=5, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(microscaling)
+    microscaling.set_defaults(handler=_bench_microscaling)
+
     placement = _add_command(
         commands,
         "placement",
@@ -472,6 +488,12 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.step import Options, step_command
 
     return step_command(Options(**_fields(arguments)))
+
+
+def _bench_microscaling(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.microscaling import Options, microscaling_command
+
+    return microscaling_command(Options(**_fields(arguments)))
 
 
 def _bench_placement(arguments: argparse.Namespace) -> int:
