@@ -99,11 +99,10 @@ def of_every_element(fmt: Format, step: int = 1) -> Tensor:
 # Every bit pattern ---------------------------------------------------------------------------------------------------
 
 
-def check_against_tables(blocks_MB: Tensor, fmt: Format, rounding: Rounding) -> None:
+def check_against_tables(blocks_MB: Tensor, fmt: Format, rounding: Rounding, tensor_scale: float = 4.0) -> None:
     assert fmt.scale is not None
     fmt = replace(fmt, block=blocks_MB.shape[1])
-    # A power of two times what maps 4 to the largest scale, so that the tensor's scale leaves bfloat16 numbers alone.
-    amax = 4 * fmt.largest if fmt.tensor_scale else None
+    amax = float(np.float32(tensor_scale * fmt.largest)) if fmt.tensor_scale else None
     names = fmt.element.name, fmt.scale.name, fmt.scale_rounding
     codes, scales, values = reference.quantize(blocks_MB.double().numpy(), *names, rounding, amax)
     blocks_MB = blocks_MB.to(DEVICE)
@@ -125,6 +124,10 @@ def test_codes_scales_and_values_are_those_of_the_tables(name: str) -> None:
     check_against_tables(of_every_scale(step), fmt, "nearest")
     check_against_tables(of_every_element(fmt, step), fmt, "nearest")
     check_against_tables(of_every_scale(32), fmt, "zero")
+    if fmt.tensor_scale:
+        # Not a power of two: then the order of operations matters.
+        for tensor_scale in (0.0137, 0.3, 2.9e-5):
+            check_against_tables(of_every_scale(8), fmt, "nearest", tensor_scale)
 
 
 def test_numbers_and_casts_are_those_of_ml_dtypes() -> None:
@@ -212,11 +215,12 @@ def test_what_is_not_finite_shows_and_zeros_stay(name: str) -> None:
     x[0, :32] = 0.0
     x[0, 3] = -0.0
     x[1, 5], x[2, 40] = torch.inf, torch.nan
-    values, tensor_scale = fake_quantize(x, fmt)
-    if fmt.tensor_scale:
-        assert values.isnan().all()
-        assert tensor_scale is not None
-        assert tensor_scale.isnan()
+    for part in (x, x[:2], x[2:]):  # both, an infinity, a NaN
+        values, tensor_scale = fake_quantize(part, fmt)
+        if fmt.tensor_scale:
+            assert values.isnan().all()
+            assert tensor_scale is not None
+            assert tensor_scale.isnan()
     values, _ = fake_quantize(x, fmt, amax=torch.tensor(4.0))
     is_bad = torch.zeros(4, 64, dtype=torch.bool, device=DEVICE)
     if fmt.scale is None:

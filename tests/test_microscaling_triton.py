@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ OTHER_FORMATS = [
 ]
 OFFSETS = [0, 5, 5, 37, 61, 62]
 """Of 5 experts: one without rows, one with one row; the rows behind are padding."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that what a kernel should have written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def same(a: Tensor, b: Tensor | None) -> bool:
@@ -122,11 +131,10 @@ def test_experts_are_the_twins(name: str, hadamard: int | None) -> None:
     """Padding of NaN; offsets that leave no padding, and offsets without rows."""
     x = random(70, 24)
     x[62:] = torch.nan
-    for axis in (-1, -2, (-2, -1)):
-        if hadamard is None or isinstance(axis, int):
-            check(x, Format.parse(name), axis, hadamard, expert_offsets=torch.tensor(OFFSETS, dtype=torch.int32))
-    check(x[:62], Format.parse(name), -2, hadamard, expert_offsets=torch.tensor([0, *OFFSETS]))
-    check(x, Format.parse(name), -2, hadamard, expert_offsets=torch.zeros(4, dtype=torch.int32))
+    for axis in (-2,) if hadamard else (-1, -2, (-2, -1)):
+        check(x, Format.parse(name), axis, hadamard, expert_offsets=torch.tensor(OFFSETS, dtype=torch.int32))
+    check(x[:62], Format.parse(name), -2, expert_offsets=torch.tensor([0, *OFFSETS]))
+    check(x, Format.parse(name), -2, hadamard, expert_offsets=torch.zeros(2, dtype=torch.int32))
     amax = tensor_amax(x, axis=-2, hadamard=hadamard, expert_offsets=torch.tensor(OFFSETS))
     offsets = torch.tensor(OFFSETS, device=DEVICE)
     assert same(kernels.tensor_amax(x.to(DEVICE), (-2,), hadamard or 1, (0, None), offsets), amax)
@@ -270,8 +278,7 @@ def test_large_tensors_are_the_twins(axis: Axis, rounding: str, hadamard: int) -
     )
     offsets = torch.tensor([0, 100, 100, 1999, 4000], device="cuda", dtype=torch.int32)
     seed = torch.tensor(77, device="cuda")
-    for name in PRESETS:
-        fmt = PRESETS[name]
+    for fmt in (PRESETS["mxfp4"], PRESETS["nvfp4"]):
         for experts in (None, offsets):
             shared = (fmt, axes, rounding)
             values, scale = kernels.fake_quantize(
