@@ -248,11 +248,11 @@ def communication_removed() -> Iterator[None]:
             allreduce_rmsnorm, "_choose", lambda backend, x, group, blocks: allreduce_rmsnorm._Composed(group)
         )
         replaced.enter_context(local)
-        replaced.enter_context(mock.patch.object(dispatch._Exchange, "all_to_all", _as_many_rows))
+        replaced.enter_context(mock.patch.object(dispatch.Exchange, "all_to_all", _as_many_rows))
         yield
 
 
-_gathered, _all_to_all = tensor.gathered, dispatch._Exchange.all_to_all
+_gathered, _all_to_all = tensor.gathered, dispatch.Exchange.all_to_all
 
 
 def _repeated(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -265,7 +265,7 @@ def _first_shard(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x[: x.shape[0] // group.size()].clone(memory_format=torch.contiguous_format)
 
 
-def _as_many_rows(self: dispatch._Exchange, x: Tensor, send: list[int], receive: list[int], wire: Wire) -> Tensor:
+def _as_many_rows(self: dispatch.Exchange, x: Tensor, send: list[int], receive: list[int], wire: Wire) -> Tensor:
     if not x.is_floating_point() or x.dim() == 1:
         return _all_to_all(self, x, send, receive, wire)
     rows = sum(receive)

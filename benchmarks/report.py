@@ -17,7 +17,7 @@ import torch
 
 from moetrain.files import write_text
 
-PACKAGES = ("moetrain", "torch", "triton", "transformers", "liger-kernel", "sonicmoe", "nvidia-cutlass-dsl")
+PACKAGES = ("moetrain", "torch", "triton", "transformers", "liger-kernel", "sonicmoe", "torchao", "nvidia-cutlass-dsl")
 
 
 class Report:

@@ -516,6 +516,22 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(overlap)
     overlap.set_defaults(handler=_bench_overlap)
 
+    microscaling = _add_command(
+        commands,
+        "microscaling",
+        "quantisers of FP4 and other microscaling formats",
+        "Time the quantisers on one bfloat16 tensor beside a copy of it, after checking every result against its\n"
+        "definition in plain PyTorch.",
+        "examples:\n"
+        "  moetrain bench microscaling --json microscaling.json\n"
+        "  moetrain bench microscaling --shapes 16384,4096 4096,14336 --peers torchao\n",
+    )
+    microscaling.add_argument("--shapes", nargs="+", metavar="R,C", help="rows, columns (default: 16384,4096)")
+    microscaling.add_argument("--peers", nargs="*", metavar="P", help="torchao (default: if it is installed)")
+    microscaling.add_argument("--rounds", type=positive, default=5, metavar="N", help="(default: %(default)s)")
+    _add_bench_output(microscaling)
+    microscaling.set_defaults(handler=_bench_microscaling)
+
     placement = _add_command(
         commands,
         "placement",
@@ -726,6 +742,12 @@ def _bench_overlap(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.overlap import Options, overlap_command
 
     return overlap_command(Options(**_fields(arguments)))
+
+
+def _bench_microscaling(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.microscaling import Options, microscaling_command
+
+    return microscaling_command(Options(**_fields(arguments)))
 
 
 def _bench_placement(arguments: argparse.Namespace) -> int:

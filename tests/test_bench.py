@@ -18,7 +18,7 @@ from comparison import config_of
 from ranks import run_ranks
 from torch import Tensor
 
-from moetrain.benchmarks import moe_layer
+from moetrain.benchmarks import microscaling, moe_layer
 from moetrain.benchmarks.overlap import communication_removed
 from moetrain.benchmarks.peers import (
     PEERS,
@@ -34,6 +34,7 @@ from moetrain.benchmarks.peers import (
 from moetrain.benchmarks.step import part_of
 from moetrain.benchmarks.timing import Deadline, saved_bytes, time_interleaved
 from moetrain.cli import main
+from moetrain.kernels.microscaling import Axis, Format
 from moetrain.model import Decoder
 from moetrain.parallel import create_mesh, tensor
 from moetrain.parallel.mock import MockWorld
@@ -105,6 +106,42 @@ def test_rounding_beside_top_k(tmp_path: Path) -> None:
     assert rounded["routing"] == "nearest"
     assert rounded["pairs"] % moe_layer.TILE == 0
     assert rounded["speedup"] == pytest.approx(top_k["forward_backward_ms"] / rounded["forward_backward_ms"])
+
+
+def test_microscaling_checks_results_before_it_times_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = microscaling.fake_quantize
+
+    def ignores_tiles(x_RC: Tensor, fmt: Format, *, axis: Axis = -1, **others: Any) -> tuple[Tensor, Tensor | None]:
+        return right(x_RC, fmt, axis=-1 if axis == (-2, -1) else axis, **others)
+
+    monkeypatch.setattr(microscaling, "fake_quantize", ignores_tiles)
+    result = run(tmp_path, "microscaling", "--shapes", "64,64", "--peers", "--rounds", "1", code=1)
+    rows = {row["name"]: row for row in result["rows"]}
+    wrong = rows.pop("nvfp4 16×16 tiles nearest")
+    assert wrong["status"] == "WRONG"
+    assert "ms" not in wrong
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert row["of_copy"] == pytest.approx(row["tb_per_s"] / rows["copy"]["tb_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a small one"),
+        (["--shapes", "64"], "two positive numbers"),
+        (["--shapes", "64,0"], "two positive numbers"),
+        (["--shapes", "64,48"], "multiple of 32"),
+        (["--shapes", "64,64", "--peers", "quark"], "there are torchao"),
+    ],
+)
+def test_bad_arguments_of_microscaling_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "microscaling", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize(
