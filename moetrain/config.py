@@ -279,6 +279,10 @@ class KernelsConfig:
     """hopper: warp-specialised kernels for H100 and H200; triton: portable kernels, from Ampere on; torch: grouped
     matrix products; reference: a loop over the experts. auto: the first of these that this machine, dtype and width
     allow."""
+    allreduce_rmsnorm: Literal["auto", "collectives"] = "collectives"
+    """The sums over tp ranks with the residual add and the norm after them. auto: one kernel over peer memory where the
+    GPUs of a tp group reach one another, else collectives and a kernel for a rank's own rows. It is not the default
+    because the one kernel, tested by itself on two GPUs, has not been seen in training there yet."""
     autotune: bool = False
     """On a GPU: time a few configurations of each kernel when a shape first occurs (numbers of rows by powers of two),
     and keep the fastest in ~/.cache/moetrain/autotune.json ($XDG_CACHE_HOME). Configurations may add in another order,

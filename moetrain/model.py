@@ -69,12 +69,20 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(
-        self, dim: int, eps: float, dtype: torch.dtype = torch.float32, *, group: dist.ProcessGroup | None = None
+        self,
+        dim: int,
+        eps: float,
+        dtype: torch.dtype = torch.float32,
+        *,
+        group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
     ):
+        """`backend`: of :meth:`add`, as of :func:`fused_allreduce_rmsnorm`."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
         self.eps = eps
         self.group = group
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -98,10 +106,11 @@ class RMSNorm(nn.Module):
         x_RD, y = x_BSD.flatten(0, 1), y_BSD.flatten(0, 1)
         weight = self.weight.to(x_RD.dtype)
         if y.shape == x_RD.shape:
-            h, x_RD = add_rmsnorm_all_gather(y, x_RD, weight, self.eps, None if gather_length is None else group)
+            group = None if gather_length is None else group
+            h, x_RD = add_rmsnorm_all_gather(y, x_RD, weight, self.eps, group, backend=self.backend)
         else:
             add = reduce_scatter_add_rmsnorm if gather_length is None else fused_allreduce_rmsnorm
-            h, x_RD = add(y, x_RD, weight, self.eps, group)
+            h, x_RD = add(y, x_RD, weight, self.eps, group, backend=self.backend)
         return h.unflatten(0, (-1, gather_length or x_BSD.shape[1])), x_RD.view_as(x_BSD)
 
 
@@ -287,9 +296,10 @@ class Block(nn.Module):
         super().__init__()
         model = config.model
         self.tp_group = _tp_group(mesh)
-        self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        norms = config.kernels.allreduce_rmsnorm
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype, backend=norms)
         self.attention = Attention(model, self.tp_group, dtype)
-        self.ffn_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.ffn_norm = RMSNorm(model.dim, model.norm_eps, dtype, backend=norms)
         self.is_moe = model.is_moe_layer(layer)
         if self.is_moe:
             self.ffn: nn.Module = MoE(config, mesh, slots, dtype)
@@ -366,7 +376,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, layer, mesh, self.slots.get(layer), dtype) for layer in range(model.n_layers)
         )
-        self.norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.norm = RMSNorm(model.dim, model.norm_eps, dtype, backend=config.kernels.allreduce_rmsnorm)
         self.head = None if model.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding))
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._linear_cross_entropy: Callable[..., Tensor] = linear_cross_entropy
