@@ -172,7 +172,7 @@ def tensor_amax(
     Scalar, float32 (float64 if x is); NaN if x has one; 0 of no elements. Always the same bits.
     """
     _check_transform(_axes(axis), hadamard, block=1)
-    _check_experts(x, expert_offsets)
+    _check_tensor(x, expert_offsets)
     return _amax(x, _axes(axis), hadamard or 1, *_seed(hadamard_seed), expert_offsets)
 
 
@@ -188,7 +188,7 @@ def hadamard_transform(
     """The transform that `hadamard` of :func:`fake_quantize` does first, in float32 or float64; or its inverse."""
     axes = _axes(axis)
     _check_transform(axes, size, block=1)
-    _check_experts(x, expert_offsets)
+    _check_tensor(x, expert_offsets)
     if x.numel() == 0:
         return twin.compute(x).clone()
     values = twin.rows_of_experts(twin.compute(x), expert_offsets)
@@ -294,16 +294,15 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and tensor scale, the latter two empty if there are none."""
     parsed, axes = Format.parse(fmt), tuple(axis)
-    no_codes, no_scales, _ = _fake_quantized(x, fmt, axis, expert_offsets)
+    scales_shape = _scales_shape(x, parsed, axis, expert_offsets)
     if x.numel() == 0:
-        return no_codes, no_scales.zero_(), twin.tensor_scale(x, parsed, None)
+        codes, scale_codes, _ = _fake_quantized(x, fmt, axis, expert_offsets)
+        return codes, scale_codes.zero_(), twin.tensor_scale(x, parsed, None)
     if _has_kernels(x, parsed):
         from moetrain.kernels import microscaling_triton
 
         seeds = (seed, seed_tensor), hadamard, (hadamard_seed, hadamard_seed_tensor)
-        return microscaling_triton.quantize(
-            x, parsed, axes, rounding, *seeds, expert_offsets, amax, tuple(no_scales.shape)
-        )
+        return microscaling_triton.quantize(x, parsed, axes, rounding, *seeds, expert_offsets, amax, scales_shape)
     transform = twin.Transform(hadamard, _as_tensor(hadamard_seed, hadamard_seed_tensor, x.device))
     seeds_of_x = _as_tensor(seed, seed_tensor, x.device)
     elements, in_place, scales, encode = twin.quantize(
@@ -328,15 +327,17 @@ def _fake_quantized(
 ) -> tuple[Tensor, Tensor, Tensor]:
     parsed = Format.parse(fmt)
     columns = (x.shape[-1] + 1) // 2 if parsed.element.bits == 4 else x.shape[-1]
-    scales: tuple[int, ...] = (0,)
-    if parsed.scale is not None:
-        experts = None if expert_offsets is None else expert_offsets.shape[0] - 1
-        scales = scale_shape(x.shape, parsed, _axis(axis), experts)
     return (
         x.new_empty((*x.shape[:-1], columns), dtype=torch.uint8),
-        x.new_empty(scales, dtype=torch.uint8),
+        x.new_empty(_scales_shape(x, parsed, axis, expert_offsets), dtype=torch.uint8),
         _fake_tensor_scale(x, fmt),
     )
+
+
+def _scales_shape(x: Tensor, fmt: Format, axis: Sequence[int], expert_offsets: Tensor | None) -> tuple[int, ...]:
+    if fmt.scale is None:
+        return (0,)
+    return scale_shape(x.shape, fmt, _axis(axis), None if expert_offsets is None else expert_offsets.shape[0] - 1)
 
 
 @torch.library.custom_op("moetrain::microscaling_dequantize", mutates_args=())
@@ -407,17 +408,13 @@ def _arguments(
     amax: Tensor | None,
 ) -> tuple[Any, ...]:
     """Checked, in the order that the operators take them."""
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, not {x.dtype}")
-    if x.dim() < 2:
-        raise ValueError(f"x has {x.dim()} dimensions, needs rows and columns")
+    _check_tensor(x, expert_offsets)
     if rounding not in get_args(Rounding):
         raise ValueError(f"rounding {rounding!r}: there are {', '.join(get_args(Rounding))}")
     if rounding == "stochastic" and seed is None:
         raise ValueError("stochastic rounding needs a seed")
     axes = _axes(axis)
     _check_transform(axes, hadamard, fmt.block if fmt.scale is not None else 1)
-    _check_experts(x, expert_offsets)
     if amax is not None and amax.numel() != 1:
         raise ValueError(f"amax has shape {list(amax.shape)}, must be a scalar")
     return (
@@ -454,7 +451,11 @@ def _check_transform(axes: tuple[int, ...], hadamard: int | None, block: int) ->
         raise ValueError(f"a transform of {hadamard} and blocks of {block} do not lie in one another")
 
 
-def _check_experts(x: Tensor, expert_offsets: Tensor | None) -> None:
+def _check_tensor(x: Tensor, expert_offsets: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, not {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"x has {x.dim()} dimensions, needs rows and columns")
     if expert_offsets is not None and (x.dim() != 2 or expert_offsets.dim() != 1 or expert_offsets.numel() < 2):
         raise ValueError(
             f"expert_offsets [E + 1] divide the rows of a two-dimensional x; "
