@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
-from moetrain.checkpoint import Checkpointer, checkpoint_name, find_resume, load, read_manifest
+from moetrain.checkpoint import checkpoint_name, find_resume, load, read_manifest
+from moetrain.checkpointer import Checkpointer
 from moetrain.config import Config, check_world, config_hash, to_yaml
 from moetrain.data import (
     Batch,
