@@ -21,7 +21,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -108,16 +107,20 @@ def parts_of(tensors: Mapping[str, Tensor]) -> list[tuple[Part, Tensor]]:
     A DTensor is cut as its placements say, a ScatteredTensor into runs of rows; a plain tensor is whole.
     """
     found = []
-    for item in create_default_local_save_plan(dict(tensors), is_coordinator=False).items:
-        tensor, described = tensors[item.index.fqn], item.tensor_data
-        assert described is not None, "there are only tensors"
+    offsets: dict[Any, torch.Size] = {}  # the same in all layers, and slow to find
+    for name, tensor in tensors.items():
         if isinstance(tensor, ScatteredTensor):
-            data = tensor.__get_tensor_shard__(item.index)
+            pieces = tensor.chunks
+        elif isinstance(tensor, DTensor):
+            kind = tensor.shape, id(tensor.device_mesh), tensor.placements
+            if kind not in offsets:
+                offsets[kind] = tensor.__create_chunk_list__()[0].offsets
+            pieces = {offsets[kind]: tensor.to_local()}
         else:
-            data = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        whole = TensorEntry(tuple(described.size), data.dtype)
-        part = Part(item.index.fqn, whole, tuple(described.chunk.offsets), tuple(described.chunk.sizes))
-        found.append((part, data.detach()))
+            pieces = {torch.Size([0] * tensor.dim()): tensor}
+        whole = TensorEntry(tuple(tensor.shape), tensor.dtype)
+        for offset, data in pieces.items():
+            found.append((Part(name, whole, tuple(offset), tuple(data.shape)), data.detach()))
     # Wide elements first, so that each tensor is aligned.
     return sorted(found, key=lambda pair: (-pair[0].whole.dtype.itemsize, pair[0].key))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from moetrain.checkpoint import (
     shard_name,
     write_manifest,
 )
-from moetrain.checkpoint_shards import Part, host_blocks, parts_of, write_shard
+from moetrain.checkpoint_shards import FileEntry, Part, parts_of, write_shard
+from moetrain.checkpoint_staging import Copy, Stager
 from moetrain.errors import CheckpointError
 from moetrain.files import fsync_folder
 from moetrain.parallel import watchdog
@@ -38,21 +40,19 @@ from moetrain.parallel.sharding import ScatteredTensor
 
 
 class Checkpointer:
-    """Saves into one checkpoints folder, one save at a time, and deletes what need not be kept.
+    """Saves into one checkpoints folder, and deletes what need not be kept.
 
-    A save stops the trainer while it copies to host memory what this rank will write; the rest happens in a thread,
-    over the mesh's own `checkpoint_group`. Replicated tensors are copied and written by one of the ranks that hold
-    them. The copy's memory is kept for the next save.
+    A save begins with copies to host memory (moetrain/checkpoint_staging.py), of replicated tensors by one of the ranks
+    that hold them, and a thread writes them, save after save, over the mesh's own `checkpoint_group`. The trainer goes
+    on meanwhile, but calls :meth:`wait_for_copies` before it changes a tensor.
 
     `keep_last` newest checkpoints are kept, and those of steps divisible by `keep_every` (0: none). Those of steps
     beyond the one just written belong to another course of the run and are left alone until they are replaced.
     `resumed_step`, the step at which this course begins, sets such checkpoints aside as superseded at once (None:
-    leaves everything). `asynchronous=False` waits in :meth:`save`. Creating one is collective, and so are its
-    methods; it removes what a killed run left half-written in `folder`.
+    leaves everything). `asynchronous=False` waits in :meth:`save`. `host_memory_bytes`: for copies that are not written
+    yet; None: see :func:`moetrain.checkpoint_staging.default_limit`. Creating one is collective, and so are its methods
+    but for :meth:`wait_for_copies` and :meth:`close`; it removes what a killed run left half-written in `folder`.
     """
-
-    last_stall_seconds: float = 0.0
-    """How long the last save() held up the trainer."""
 
     def __init__(
         self,
@@ -63,56 +63,74 @@ class Checkpointer:
         keep_every: int,
         asynchronous: bool,
         resumed_step: int | None = None,
+        host_memory_bytes: int | None = None,
     ) -> None:
         self.folder = folder
         self.mesh = mesh
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.asynchronous = asynchronous
-        self._copies: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: tuple[Path, Future[None]] | None = None
+        self._stager = Stager(mesh.device, host_memory_bytes)
+        self._copy: Copy | None = None
+        """What may not have been copied yet."""
+        self._writer = ThreadPoolExecutor(1, "checkpoint-write")
+        self._pending: list[Future[None]] = []
+        """Saves that are not durable, and those that failed, oldest first."""
+        self._stalls = Stalls(mesh.device)
         on_rank_0(located(lambda: self._prepare_folder(resumed_step), mesh), mesh.host_group)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Start to save; the caller may change tensors and progress as soon as it returns.
+        """Begin to save; the caller may change `progress`, and after :meth:`wait_for_copies` the tensors.
 
         `tensors`: logical tensors by name, the same names on all ranks. A DTensor is sharded as its placements say, a
         ScatteredTensor by rows; a plain tensor is the same on all ranks. `progress` must be representable as JSON.
-        Raises CheckpointError if the save before this one failed (or this one, if not asynchronous).
+        Raises CheckpointError only if not asynchronous; else see :attr:`failed`.
         """
-        start = time.perf_counter()
-        self.wait()
-        parts = parts_of(owned(tensors, self.mesh))
-        copies = self._copy(parts)
-        target = self.folder / checkpoint_name(step)
         account = json.loads(json.dumps(progress))
-        self._pending = target, self._thread.submit(self._write, target, step, copies, account)
-        if not self.asynchronous:
-            self.wait()
-        self.last_stall_seconds = time.perf_counter() - start
+        self.wait_for_copies()
+        with self._stalls.host():
+            parts = parts_of(owned(tensors, self.mesh))
+            self._copy = self._stager.copy([tensor for _, tensor in parts])
+            written = self._writer.submit(self._write, step, [part for part, _ in parts], self._copy, account)
+            self._pending = [save for save in self._pending if not _succeeded(save)] + [written]
+            if not self.asynchronous:
+                self.wait()
+
+    def wait_for_copies(self) -> None:
+        """Return when the tensors of the last save may change: here and now, or on a GPU in the current stream."""
+        if self._copy is not None:
+            with self._stalls.stream():
+                self._wait_for_copies()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows of a save that failed: :meth:`wait` will raise its error on all ranks."""
+        return any(save.done() and not _succeeded(save) for save in self._pending)
 
     def wait(self) -> None:
-        """Return when the last save is durable; raises CheckpointError, on all ranks, if it failed on any."""
-        if self._pending is None:
-            return
-        target, future = self._pending
-        try:
-            with watchdog.paused():
-                future.result()
-        except Exception as error:
-            failure = CheckpointError(f"saving {target} failed: {reason(error)}")
-            failure.agreed = isinstance(error, CheckpointError) and error.agreed
-            raise failure from error
-        finally:
-            self._pending = None
+        """Return when all saves are durable; raises CheckpointError, on all ranks, if one failed on any."""
+        self._wait_for_copies()
+        pending, self._pending = self._pending, []
+        with watchdog.paused():
+            errors = [error for save in pending if (error := save.exception()) is not None]
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
-        """wait(), and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        """End the threads, which write what is pending first."""
+        with watchdog.paused():
+            self._writer.shutdown()
+            self._stager.close()
+
+    def take_stall(self) -> float:
+        """Seconds for which saves have held the trainer up since this was last called."""
+        return self._stalls.take()
+
+    def _wait_for_copies(self) -> None:
+        if self._copy is not None:
+            with watchdog.paused():
+                self._copy.wait()
+            self._copy = None
 
     def _prepare_folder(self, resumed_step: int | None) -> None:
         refuse_file(self.folder)
@@ -127,21 +145,21 @@ class Checkpointer:
                 path.rename(superseded)
         fsync_folder(self.folder)
 
-    def _copy(self, parts: Sequence[tuple[Part, Tensor]]) -> list[tuple[Part, Tensor]]:
-        """Copies in host memory, pinned if they come from a GPU."""
-        copies = {}
-        for part, tensor in parts:
-            copy = self._copies.get(part.key)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[part.key] = copy.copy_(tensor, non_blocking=True)
-        if self.mesh.device.type == "cuda":
-            torch.cuda.current_stream(self.mesh.device).synchronize()
-        self._copies = copies
-        return [(part, copies[part.key]) for part, _ in parts]
-
-    def _write(self, target: Path, step: int, copies: Sequence[tuple[Part, Tensor]], progress: dict[str, Any]) -> None:
+    def _write(self, step: int, parts: Sequence[Part], copy: Copy, progress: dict[str, Any]) -> None:
         """The thread's part: write aside, checksum, commit. Collective over the checkpoint group."""
+        target = self.folder / checkpoint_name(step)
+        try:
+            self._write_as_it_comes(target, step, parts, copy, progress)
+        except Exception as error:
+            failure = CheckpointError(f"saving {target} failed: {reason(error)}")
+            failure.agreed = isinstance(error, CheckpointError) and error.agreed
+            raise failure from error
+        finally:
+            copy.drop()  # or the trainer would wait for it
+
+    def _write_as_it_comes(
+        self, target: Path, step: int, parts: Sequence[Part], copy: Copy, progress: dict[str, Any]
+    ) -> None:
         mesh, group = self.mesh, self.mesh.checkpoint_group
 
         def make_aside() -> Path:
@@ -149,14 +167,17 @@ class Checkpointer:
             aside.mkdir()
             return aside
 
+        def write() -> FileEntry:
+            with closing(copy.blocks()) as blocks:
+                return write_shard(aside / shard_name(mesh.rank), parts, blocks)
+
         aside = on_rank_0(located(make_aside, mesh), group)
         try:
-            file, parts = aside / shard_name(mesh.rank), [part for part, _ in copies]
-            written = on_all_ranks(located(lambda: write_shard(file, parts, host_blocks(copies)), mesh), group)
+            written = on_all_ranks(located(write, mesh), group)
             files = {shard_name(rank): entry for rank, entry in enumerate(written)}
             manifest = make_manifest(step, mesh.world_size, mesh.ep, progress, files)
             on_rank_0(located(lambda: self._commit(aside, target, manifest), mesh), group)
-        except CheckpointError:
+        except Exception:
             if mesh.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -183,6 +204,47 @@ class Checkpointer:
             current = self.folder / checkpoint_name(other)
             if other not in kept or (path != current and current.exists()):
                 discard(path)
+
+
+class Stalls:
+    """For how long saves have held the trainer up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """Time inside counts."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """What of the time inside the current stream has nothing else to do counts; without a GPU all of it."""
+        if self._device.type != "cuda":
+            with self.host():
+                yield
+            return
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        yield
+        after.record()
+        self._waits.append((before, after))
+
+    def take(self) -> float:
+        """Seconds so far, of a stream until where it has come; begins anew."""
+        passed = [wait for wait in self._waits if wait[1].query()]
+        self._waits = self._waits[len(passed) :]
+        seconds = self._seconds + sum(before.elapsed_time(after) for before, after in passed) / 1e3
+        self._seconds = 0.0
+        return seconds
+
+
+def _succeeded(save: Future[None]) -> bool:
+    return save.done() and save.exception() is None
 
 
 def owned(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:

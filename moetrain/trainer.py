@@ -127,7 +127,6 @@ class Trainer:
         self.progress = Progress()
         self.stop_requested = False
         self.saved_step: int | None = None
-        self.checkpoint_stall = 0.0
         self.dispatch_bytes = 0
         """Sent by this rank's MoE layers in the last step."""
         self.placement_metrics: dict[str, float] = {}
@@ -155,6 +154,7 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            host_memory_bytes=config.checkpoint.host_memory_bytes,
             # Going on from an earlier step of this folder leaves the later ones to the course they belong to.
             resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
@@ -189,7 +189,7 @@ class Trainer:
         try:
             with self._stop_signals(), self._profiler() as profiler:
                 batches = iter(loader)
-                while self.progress.step < total_steps and not any_rank(self.stop_requested, self.mesh):
+                while self.progress.step < total_steps and not any_rank(self._should_stop(), self.mesh):
                     self._step(batches)
                     if compiled := compilations.stop():
                         self._message(f"first step: {compiled}")
@@ -205,6 +205,9 @@ class Trainer:
         finally:
             compilations.stop()
             loader.close()
+
+    def _should_stop(self) -> bool:
+        return self.stop_requested or self.checkpointer.failed
 
     def _loader(self) -> Loader:
         """This rank's batches from where the run stands."""
@@ -234,6 +237,7 @@ class Trainer:
         loss, routing = self._accumulate_gradients(batches)
         self.dispatch_bytes = self.model.dispatch_bytes - sent_before
         lr = learning_rate(progress.step, config.train.steps, config.optim)
+        self.checkpointer.wait_for_copies()  # nothing that a checkpoint holds has changed since it was begun
         norm = self.engine.step(lr)
         finite = math.isfinite(norm)
         if finite:
@@ -316,11 +320,10 @@ class Trainer:
             "grad_norm": norm,
             "lr": lr,
             "bad_steps": float(self.progress.bad_steps),
-            "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
+            "time_metrics/checkpoint_stall(s)": self.checkpointer.take_stall(),
             **self.throughput.report(),
             **self.placement_metrics,
         }
-        self.checkpoint_stall = 0.0
         self.placement_metrics = {}
         if self.model.moe_layers:
             total = routing.reduced(self.mesh.world_size)
@@ -364,15 +367,15 @@ class Trainer:
             "config_hash": config_hash(self.config),
         }
         self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.engine), progress)
-        self.checkpoint_stall += self.checkpointer.last_stall_seconds
         self.saved_step = self.progress.step
 
     def _finish(self) -> None:
         """Save what is not saved yet; after the last step also score and plot."""
         step, steps = self.progress.step, self.config.train.steps
+        self.checkpointer.wait()
         if self.saved_step != step:
             self._save()
-        self.checkpointer.wait()
+            self.checkpointer.wait()
         if step < steps:
             same = self.config.checkpoint.resume == "auto"
             how = "the same command goes on" if same else "with checkpoint.resume=auto the same command goes on"

@@ -14,16 +14,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from processes import wait_until
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain import checkpoint
+from moetrain import checkpoint_staging as staging
 from moetrain import checkpointer as saving
 from moetrain.checkpoint import find_checkpoint, find_resume, latest, load, verify
 from moetrain.checkpoint_shards import parts_of
@@ -119,30 +124,114 @@ def test_nothing_in_a_checkpoint_is_run(saver: Callable[..., Checkpointer], monk
     assert load(checkpointer.folder / "step-00000001", like(tensors)) == PROGRESS
 
 
-def test_the_trainer_may_go_on_while_a_save_is_written(
+class Gate:
+    """Closed, it holds up whoever writes a file; a test opens it, and leaves it open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        write_shard = saving.write_shard
+
+        def late(*arguments: Any) -> Any:
+            assert self._open.wait(timeout=20)
+            return write_shard(*arguments)
+
+        monkeypatch.setattr(saving, "write_shard", late)
+
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        self._open.clear()
+
+
+def test_the_trainer_goes_on_while_saves_are_written(
     saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpointer, tensors = saver(asynchronous=True), example()
-    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    write_shard, go_on = saving.write_shard, threading.Event()
-
-    def late(*arguments: object) -> object:
-        go_on.wait(timeout=5)
-        return write_shard(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(saving, "write_shard", late)
-    for step in (1, 2):  # the second into the memory of the first
-        path, progress = checkpointer.folder / checkpoint.checkpoint_name(step), {"seen": [step]}
-        go_on.clear()
-        checkpointer.save(step, tensors, progress)
-        assert not path.exists()
-        assert checkpointer.last_stall_seconds > 0
-        blank(tensors)
-        progress["seen"].append(3)
-        go_on.set()
+    checkpointer, gate = saver(asynchronous=True), Gate(monkeypatch)
+    for steps_of_run in ((1,), (2, 3)):  # the second time into memory that the first has left, and with two at once
+        gate.close()
+        for step in steps_of_run:
+            tensors, progress = example(seed=step), {"seen": [step]}
+            checkpointer.save(step, tensors, progress)
+            progress["seen"].append(3)
+            checkpointer.wait_for_copies()
+            assert not (checkpointer.folder / checkpoint.checkpoint_name(step)).exists()
+            blank(tensors)
+        assert checkpointer.take_stall() > 0
+        assert checkpointer.take_stall() == 0
+        gate.open()
         checkpointer.wait()
-        assert load(path, tensors) == {"seen": [step]}
-        assert_same_bits(tensors, before)
+        for step in steps_of_run:
+            path = checkpointer.folder / checkpoint.checkpoint_name(step)
+            assert load(path, tensors) == {"seen": [step]}
+            assert_same_bits(tensors, example(seed=step))
+
+
+def test_memory_is_bounded_and_the_update_waits_for_it(
+    saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "BLOCK_BYTES", 64)
+    checkpointer, tensors, gate = saver(asynchronous=True, host_memory_bytes=3 * 64), example(), Gate(monkeypatch)
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    checkpointer.save(1, tensors, {})
+    update = threading.Thread(target=lambda: (checkpointer.wait_for_copies(), blank(tensors)))
+    update.start()
+    update.join(timeout=0.3)
+    assert update.is_alive()
+    gate.open()
+    update.join(timeout=20)
+    checkpointer.save(2, like(tensors), {})
+    checkpointer.wait()
+    load(checkpointer.folder / "step-00000001", tensors)
+    assert_same_bits(tensors, before)
+    memory = checkpointer._stager._memory
+    assert memory is not None
+    assert memory._made == len(memory._free) == 3  # of the eight that the tensors fill
+
+
+def test_a_save_that_cannot_be_written_does_not_hold_the_update_up(
+    saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "BLOCK_BYTES", 64)
+    checkpointer = saver(asynchronous=True, host_memory_bytes=2 * 64)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        checkpointer.save(1, example(), {})
+        checkpointer.wait_for_copies()
+        wait_until(lambda: checkpointer.failed)
+        with pytest.raises(CheckpointError, match=r"step-00000001 failed: .*File too large"):
+            checkpointer.wait()
+        assert not checkpointer.failed
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpointer.save(2, example(), {})
+    checkpointer.wait()
+    assert steps(checkpointer.folder) == ["step-00000002"]
+
+
+def test_a_copy_that_fails_is_a_save_that_fails(
+    saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(memory: object) -> None:
+        raise RuntimeError("CUDA error: out of pinned memory")
+
+    checkpointer = saver(asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.HostMemory, "take", fail)
+        checkpointer.save(1, example(), {})
+        checkpointer.wait_for_copies()
+        with pytest.raises(CheckpointError, match=r"step-00000001 failed: RuntimeError: CUDA error: out of pinned"):
+            checkpointer.wait()
+    assert steps(checkpointer.folder) == []
+
+
+def test_half_of_the_free_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    block = staging.BLOCK_BYTES
+    assert staging.default_limit(5 * block + 1) == 12 * block
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=80 * block))
+    assert staging.default_limit(5 * block + 1) == 10 * block
 
 
 def test_keeps_the_last_and_every_nth(saver: Callable[..., Checkpointer]) -> None:
@@ -484,6 +573,7 @@ def four_ranks(folder: Path, _: Path) -> None:
     assert min(copies) > 0, copies
 
     checkpointer.save(1, tensors, PROGRESS)
+    checkpointer.wait_for_copies()
     blank(tensors)
     checkpointer.wait()
     assert find_resume(folder, "auto", mesh) == folder / "step-00000001"
@@ -503,8 +593,9 @@ def four_ranks(folder: Path, _: Path) -> None:
     if mesh.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     checkpointer.save(2, tensors, PROGRESS)
+    checkpointer.save(3, tensors, PROGRESS)  # by itself worth trying
     with pytest.raises(CheckpointError, match="step-00000002 failed: rank 1: ") as caught:
-        checkpointer.save(3, tensors, PROGRESS)
+        checkpointer.wait()
     assert caught.value.agreed
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if mesh.rank == 0:  # which cleans up
@@ -566,9 +657,14 @@ def on_gpus(folder: Path, _: Path) -> None:
     checkpointer = Checkpointer(folder, mesh, keep_last=2, keep_every=0, asynchronous=True)
     for step in (1, 2):
         checkpointer.save(step, live, PROGRESS)
-        assert all(copy.is_pinned() for copy in checkpointer._copies.values() if copy.numel())
-        blank(live)
+        checkpointer.wait_for_copies()
+        blank(live)  # on the stream
         checkpointer.wait()
+        memory = checkpointer._stager._memory
+        assert memory is not None
+        assert all(block.is_pinned() for block in memory._free)
+        assert len(memory._free) == memory._made > 2
+        assert checkpointer.take_stall() > 0
         assert load(folder / checkpoint.checkpoint_name(step), live, mesh) == PROGRESS
         assert_same_bits(locally(live), expected)
     checkpointer.close()
