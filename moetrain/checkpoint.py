@@ -24,8 +24,9 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +50,7 @@ from moetrain.checkpoint_shards import (
     write_shard,
 )
 from moetrain.errors import CheckpointError
-from moetrain.files import folder_written_aside, sha256, written_aside
+from moetrain.files import folder_written_aside, fsync_folder, sha256, written_aside
 from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0, raise_together
 from moetrain.parallel.mesh import Mesh
@@ -305,14 +306,44 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         aside.write_text(json.dumps(content | {"sha256": _json_sha256(content)}, indent=1), encoding="utf-8")
 
 
-def aside_of(target: Path) -> Path:
-    """A name beside `target` that nothing has, not even the remains of a killed run."""
-    return target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+def new_aside(target: Path) -> Path:
+    """A new folder beside `target`, in which that checkpoint is written."""
+    aside = _aside_of(target)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def commit(aside: Path, target: Path, manifest: Manifest) -> None:
+    """Give what is durable in the folder `aside` its manifest and its name. Killed anywhere, it leaves what was there
+    under that name or, as ``.old``, beside it."""
+    write_manifest(aside, manifest)
+    fsync_folder(aside)
+    if target.exists():
+        replaced = target.with_name(f"{target.name}.old")
+        if replaced.exists():
+            discard(replaced)
+        target.rename(replaced)
+    aside.rename(target)
+    fsync_folder(target.parent)
+
+
+def prune(folder: Path, steps: Iterable[int], kept: Container[int]) -> None:
+    """Delete the checkpoints of these steps that are not `kept`, and of the others those that have been replaced."""
+    of_interest = set(steps)
+    for step, path in checkpoints_in(folder):
+        current = folder / checkpoint_name(step)
+        if step in of_interest and (step not in kept or (path != current and current.exists())):
+            discard(path)
 
 
 def discard(path: Path) -> None:
     """Delete a checkpoint; killed in the middle, it leaves no checkpoint's name on half of one."""
-    shutil.rmtree(path.rename(aside_of(path)))
+    shutil.rmtree(path.rename(_aside_of(path)))
+
+
+def _aside_of(target: Path) -> Path:
+    """A name beside `target` that nothing has, not even the remains of a killed run."""
+    return target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
 
 
 # ------------------------------------------------------------------------------------------------------ errors
@@ -331,6 +362,17 @@ def located(work: Callable[[], T], mesh: Mesh) -> Callable[[], T]:
             raise CheckpointError(where + reason(error)) from error
 
     return work_here
+
+
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """Errors inside say which checkpoint could not be saved."""
+    try:
+        yield
+    except Exception as error:
+        failure = CheckpointError(f"saving {target} failed: {reason(error)}")
+        failure.agreed = isinstance(error, CheckpointError) and error.agreed
+        raise failure from error
 
 
 def reason(error: BaseException) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,25 +18,28 @@ from torch.distributed.tensor import DTensor
 from moetrain.checkpoint import (
     ASIDE,
     Manifest,
-    aside_of,
     checkpoint_name,
     checkpoints_in,
+    commit,
     discard,
     located,
     make_manifest,
-    reason,
+    new_aside,
+    prune,
     refuse_file,
+    saving,
     shard_name,
-    write_manifest,
 )
+from moetrain.checkpoint_levels import LocalLevel, Uploads
 from moetrain.checkpoint_shards import FileEntry, Part, parts_of, write_shard
 from moetrain.checkpoint_staging import Copy, Stager
-from moetrain.errors import CheckpointError
 from moetrain.files import fsync_folder
 from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0
 from moetrain.parallel.mesh import Mesh
 from moetrain.parallel.sharding import ScatteredTensor
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -50,8 +53,9 @@ class Checkpointer:
     beyond the one just written belong to another course of the run and are left alone until they are replaced.
     `resumed_step`, the step at which this course begins, sets such checkpoints aside as superseded at once (None:
     leaves everything). `asynchronous=False` waits in :meth:`save`. `host_memory_bytes`: for copies that are not written
-    yet; None: see :func:`moetrain.checkpoint_staging.default_limit`. Creating one is collective, and so are its methods
-    but for :meth:`wait_for_copies` and :meth:`close`; it removes what a killed run left half-written in `folder`.
+    yet; None: see :func:`moetrain.checkpoint_staging.default_limit`. With a `local` level checkpoints are written there
+    and then brought to the folder, by a third thread. Creating one is collective, and so are its methods but for
+    :meth:`wait_for_copies` and :meth:`close`; it removes what a killed run left half-written in `folder`.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Checkpointer:
         asynchronous: bool,
         resumed_step: int | None = None,
         host_memory_bytes: int | None = None,
+        local: LocalLevel | None = None,
     ) -> None:
         self.folder = folder
         self.mesh = mesh
@@ -78,6 +83,11 @@ class Checkpointer:
         """Saves that are not durable, and those that failed, oldest first."""
         self._stalls = Stalls(mesh.device)
         on_rank_0(located(lambda: self._prepare_folder(resumed_step), mesh), mesh.host_group)
+        self._local = local
+        self._uploads: Uploads | None = None
+        if local is not None:
+            local.begin()
+            self._uploads = Uploads(local, mesh, self._kept_for_ever, self._prune)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """Begin to save; the caller may change `progress`, and after :meth:`wait_for_copies` the tensors.
@@ -92,7 +102,7 @@ class Checkpointer:
             parts = parts_of(owned(tensors, self.mesh))
             self._copy = self._stager.copy([tensor for _, tensor in parts])
             written = self._writer.submit(self._write, step, [part for part, _ in parts], self._copy, account)
-            self._pending = [save for save in self._pending if not _succeeded(save)] + [written]
+            self._pending = [save for save in self._pending if not save.done() or _failed(save)] + [written]
             if not self.asynchronous:
                 self.wait()
 
@@ -105,7 +115,8 @@ class Checkpointer:
     @property
     def failed(self) -> bool:
         """Whether this rank knows of a save that failed: :meth:`wait` will raise its error on all ranks."""
-        return any(save.done() and not _succeeded(save) for save in self._pending)
+        uploads = self._uploads
+        return any(map(_failed, self._pending)) or (uploads is not None and uploads.failed)
 
     def wait(self) -> None:
         """Return when all saves are durable; raises CheckpointError, on all ranks, if one failed on any."""
@@ -113,14 +124,18 @@ class Checkpointer:
         pending, self._pending = self._pending, []
         with watchdog.paused():
             errors = [error for save in pending if (error := save.exception()) is not None]
-        if errors:
-            raise errors[0]
+            if errors:
+                raise errors[0]
+            if self._uploads is not None:
+                self._uploads.finish()
 
     def close(self) -> None:
         """End the threads, which write what is pending first."""
         with watchdog.paused():
             self._writer.shutdown()
             self._stager.close()
+            if self._uploads is not None:
+                self._uploads.close()
 
     def take_stall(self) -> float:
         """Seconds for which saves have held the trainer up since this was last called."""
@@ -146,64 +161,52 @@ class Checkpointer:
         fsync_folder(self.folder)
 
     def _write(self, step: int, parts: Sequence[Part], copy: Copy, progress: dict[str, Any]) -> None:
-        """The thread's part: write aside, checksum, commit. Collective over the checkpoint group."""
-        target = self.folder / checkpoint_name(step)
-        try:
-            self._write_as_it_comes(target, step, parts, copy, progress)
-        except Exception as error:
-            failure = CheckpointError(f"saving {target} failed: {reason(error)}")
-            failure.agreed = isinstance(error, CheckpointError) and error.agreed
-            raise failure from error
-        finally:
-            copy.drop()  # or the trainer would wait for it
+        """The thread's part: write, agree, commit. Collective over the checkpoint group."""
+        folder = self.folder if self._local is None else self._local.folder
+        target = folder / checkpoint_name(step)
+        with saving(target):
+            try:
+                manifest = self._write_to(target, step, parts, copy, progress)
+            finally:
+                copy.drop()  # or the trainer would wait for it
+            if self._uploads is None:
+                on_rank_0(located(lambda: self._prune(step), self.mesh), self.mesh.checkpoint_group)
+            else:
+                self._uploads.offer(manifest)
 
-    def _write_as_it_comes(
+    def _write_to(
         self, target: Path, step: int, parts: Sequence[Part], copy: Copy, progress: dict[str, Any]
-    ) -> None:
-        mesh, group = self.mesh, self.mesh.checkpoint_group
+    ) -> Manifest:
+        """Into the folder that all ranks share, or that each has for itself."""
+        mesh, shared = self.mesh, self._local is None
 
-        def make_aside() -> Path:
-            aside = aside_of(target)
-            aside.mkdir()
-            return aside
+        def by_owner(work: Callable[[], T]) -> T:
+            if shared:
+                return on_rank_0(located(work, mesh), mesh.checkpoint_group)
+            return on_all_ranks(located(work, mesh), mesh.checkpoint_group)[mesh.rank]
 
         def write() -> FileEntry:
             with closing(copy.blocks()) as blocks:
                 return write_shard(aside / shard_name(mesh.rank), parts, blocks)
 
-        aside = on_rank_0(located(make_aside, mesh), group)
+        aside = by_owner(lambda: new_aside(target))
         try:
-            written = on_all_ranks(located(write, mesh), group)
+            written = on_all_ranks(located(write, mesh), mesh.checkpoint_group)
             files = {shard_name(rank): entry for rank, entry in enumerate(written)}
             manifest = make_manifest(step, mesh.world_size, mesh.ep, progress, files)
-            on_rank_0(located(lambda: self._commit(aside, target, manifest), mesh), group)
+            by_owner(lambda: commit(aside, target, manifest))
         except Exception:
-            if mesh.rank == 0:
+            if mesh.rank == 0 or not shared:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
-
-    def _commit(self, aside: Path, target: Path, manifest: Manifest) -> None:
-        write_manifest(aside, manifest)
-        fsync_folder(aside)
-        if target.exists():
-            replaced = target.with_name(f"{target.name}.old")
-            if replaced.exists():
-                discard(replaced)
-            target.rename(replaced)
-        aside.rename(target)
-        fsync_folder(self.folder)
-        self._prune(manifest.step)
+        return manifest
 
     def _prune(self, step: int) -> None:
-        found = [(other, path) for other, path in checkpoints_in(self.folder) if other <= step]
-        steps = sorted({other for other, _ in found}, reverse=True)
-        kept = set(steps[: self.keep_last])
-        if self.keep_every:
-            kept |= {other for other in steps if other % self.keep_every == 0}
-        for other, path in found:
-            current = self.folder / checkpoint_name(other)
-            if other not in kept or (path != current and current.exists()):
-                discard(path)
+        steps = sorted({other for other, _ in checkpoints_in(self.folder) if other <= step}, reverse=True)
+        prune(self.folder, steps, {*steps[: self.keep_last], *filter(self._kept_for_ever, steps)})
+
+    def _kept_for_ever(self, step: int) -> bool:
+        return self.keep_every > 0 and step % self.keep_every == 0
 
 
 class Stalls:
@@ -243,8 +246,8 @@ class Stalls:
         return seconds
 
 
-def _succeeded(save: Future[None]) -> bool:
-    return save.done() and save.exception() is None
+def _failed(save: Future[None]) -> bool:
+    return save.done() and save.exception() is not None
 
 
 def owned(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:

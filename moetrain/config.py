@@ -302,6 +302,10 @@ class CheckpointConfig:
     host_memory_gib: float | None = None
     """Host memory of each rank for what is copied and not yet written. When it is full, updates wait for the disk.
     Default: as much as two checkpoints take, but of all ranks of a machine no more than half of what it has free."""
+    local_dir: str | None = None
+    """Folder on each machine's own disk or in its memory (/dev/shm/x), to which ranks write first where the run folder
+    is slow; from there checkpoints are brought to the run folder, of those that come faster than it takes them only
+    the newest."""
 
     @property
     def host_memory_bytes(self) -> int | None:

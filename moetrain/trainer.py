@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
 from moetrain.checkpoint import checkpoint_name, find_resume, load, read_manifest
+from moetrain.checkpoint_levels import LocalLevel
 from moetrain.checkpointer import Checkpointer
 from moetrain.config import Config, check_world, config_hash, to_yaml
 from moetrain.data import (
@@ -137,6 +138,7 @@ class Trainer:
         self._lock = self._lock_folder()
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         checkpoints = self.folder / "checkpoints"
+        local = self._local_level(checkpoints)
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
         saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
         self.placement, placed = on_rank_0(lambda: initial_placement(config, saved), mesh.host_group)
@@ -155,6 +157,7 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
             host_memory_bytes=config.checkpoint.host_memory_bytes,
+            local=local,
             # Going on from an earlier step of this folder leaves the later ones to the course they belong to.
             resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
@@ -415,6 +418,16 @@ class Trainer:
                 error = UserError(f"run.dir = {self.folder}: {problem.strerror}; choose another run.dir")
         raise_together(error, self.mesh)
         return file
+
+    def _local_level(self, checkpoints: Path) -> LocalLevel | None:
+        """The first level of storage; what a killed run has left there is in the run folder then."""
+        settings = self.config.checkpoint
+        if settings.local_dir is None:
+            return None
+        level = LocalLevel(Path(settings.local_dir), checkpoints, self.mesh)
+        if settings.resume == "auto":
+            level.bring_up()
+        return level
 
     def _placement_record(self) -> dict[str, Any] | None:
         """Where the experts are now, for the manifest."""

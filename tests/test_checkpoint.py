@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -274,9 +274,12 @@ def test_a_replaced_checkpoint_survives_a_kill_between_the_two_renames(
     assert steps(checkpointer.folder) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("stage", ["aside_of", "write_shard", "write_manifest", "fsync_folder"])
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [(saving, "new_aside"), (saving, "write_shard"), (checkpoint, "write_manifest"), (checkpoint, "fsync_folder")],
+)
 def test_an_error_while_writing_leaves_the_earlier_checkpoint(
-    saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch, stage: str
+    saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch, module: ModuleType, stage: str
 ) -> None:
     checkpointer = saver(asynchronous=True)
     checkpointer.save(1, example(), {})
@@ -286,7 +289,7 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, stage, fail)
+        patch.setattr(module, stage, fail)
         checkpointer.save(2, example(), {})
         with pytest.raises(CheckpointError, match=r"step-00000002 failed: .*No space left") as caught:
             checkpointer.wait()
@@ -303,22 +306,23 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from moetrain import checkpointer as saving
+from moetrain import checkpoint
+from moetrain.checkpointer import Checkpointer
 from moetrain.parallel.mesh import create_mesh
 
-checkpointer = saving.Checkpointer(
+checkpointer = Checkpointer(
     Path(sys.argv[1]), create_mesh(device="cpu"), keep_last=2, keep_every=0, asynchronous=True
 )
 checkpointer.save(1, {"x": torch.ones(1000)}, {})
 checkpointer.wait()
-write_manifest = saving.write_manifest
+write_manifest = checkpoint.write_manifest
 
 def half_way(path, manifest):
     write_manifest(path, manifest)
     print("half way", flush=True)
     time.sleep(60)
 
-saving.write_manifest = half_way
+checkpoint.write_manifest = half_way
 checkpointer.save(2, {"x": torch.zeros(1000)}, {})
 checkpointer.wait()
 """
