@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from processes import SMALL, environment
+from processes import SMALL, environment, wait_until
 from ranks import free_port
 from torch.distributed import HashStore
 
@@ -218,6 +220,19 @@ def test_the_error_that_another_rank_brought_about(watch):
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     peer = dog.explain(broken)
     assert str(peer).startswith("rank 1 does not answer")
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(watch):
+    """Its process is stopped, not dead: calls of it return never, and raise nothing."""
+    dog = watch(0.8)
+    for_ever = threading.Event().wait
+    dog._store = SimpleNamespace(set=lambda *_: for_ever(), check=lambda *_: for_ever(), compare_set=pytest.fail)
+    wait_until(dog._store_is_silent)
+    start = time.monotonic()
+    peer = dog.explain(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 39000ms"))
+    assert str(peer).startswith("the process that holds the ranks' store does not answer: rank 0, or its launcher")
+    dog.close()
+    assert time.monotonic() - start < 5
 
 
 def test_an_error_of_its_own_is_told_to_the_others(watch):
