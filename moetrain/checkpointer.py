@@ -89,8 +89,10 @@ class Checkpointer:
             local.begin()
             self._uploads = Uploads(local, mesh, self._kept_for_ever, self._prune)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> Future[None]:
         """Begin to save; the caller may change `progress`, and after :meth:`wait_for_copies` the tensors.
+
+        What is returned is done when the checkpoint is durable (on the first level, if there is one), or has failed.
 
         `tensors`: logical tensors by name, the same names on all ranks. A DTensor is sharded as its placements say, a
         ScatteredTensor by rows; a plain tensor is the same on all ranks. `progress` must be representable as JSON.
@@ -105,6 +107,7 @@ class Checkpointer:
             self._pending = [save for save in self._pending if not save.done() or _failed(save)] + [written]
             if not self.asynchronous:
                 self.wait()
+        return written
 
     def wait_for_copies(self) -> None:
         """Return when the tensors of the last save may change: here and now, or on a GPU in the current stream."""
