@@ -4,7 +4,7 @@ A run's checkpoints/ folder::
 
     step-00000100/                a checkpoint: complete by construction, because this name is given last
         manifest.json             step, progress, versions, and the size and SHA-256 of every other file
-        rank-00003.safetensors    what this rank wrote of the logical tensors (moetrain/checkpoint_shards.py)
+        rank-00003-00.safetensors what this rank wrote of the logical tensors (moetrain/checkpoint_shards.py)
     step-00000100.old/            a checkpoint while another of the same step takes its name
     step-00000200.superseded/     of a course that was abandoned: the run resumed from an earlier step by its path
     step-00000200.tmp-1f3a9c0e/   being written, being deleted, or left by a killed run
@@ -44,8 +44,8 @@ from moetrain.checkpoint_shards import (
     Part,
     ShardReader,
     TensorEntry,
+    files_of,
     host_blocks,
-    parts_of,
     read_parts,
     write_shard,
 )
@@ -392,22 +392,19 @@ def _few(lines: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------- writing, loading
 
 
-def shard_name(rank: int) -> str:
-    """Of the file that a rank writes."""
-    return f"rank-{rank:05d}{SUFFIX}"
-
-
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any]) -> None:
     """Write whole tensors as the new checkpoint `path`, in this process alone; raises CheckpointError.
 
     `like`: step, world_size, ep and progress of the manifest; the versions are this process's.
     """
     try:
-        parts = parts_of(tensors)
         with folder_written_aside(path) as aside:
-            entry = write_shard(aside / shard_name(0), [part for part, _ in parts], host_blocks(parts))
+            files = {
+                name: write_shard(aside / name, [part for part, _ in parts], host_blocks(parts))
+                for name, parts in files_of(tensors, rank=0).items()
+            }
             said = {key: like[key] for key in ("step", "world_size", "ep", "progress")}
-            write_manifest(aside, make_manifest(**said, files={shard_name(0): entry}))
+            write_manifest(aside, make_manifest(**said, files=files))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be written: {reason(error)}") from error
 

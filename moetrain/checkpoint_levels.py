@@ -2,7 +2,7 @@
 
     <checkpoint.local_dir>/<run>/<attempt>/rank-00003/step-00000100/
 
-is of one rank: its file, and the manifest of the whole checkpoint, which it gets when all ranks have written theirs.
+is of one rank: its files, and the manifest of the whole checkpoint, which it gets when all ranks have written theirs.
 From there the files are brought to the run folder; only there a checkpoint counts. What an attempt that was killed had
 not brought there is brought at the next start, if all its files are still to be found on the machines of the ranks.
 """
@@ -32,9 +32,8 @@ from moetrain.checkpoint import (
     prune,
     read_manifest,
     saving,
-    shard_name,
 )
-from moetrain.checkpoint_shards import BLOCK_BYTES, FileEntry
+from moetrain.checkpoint_shards import BLOCK_BYTES, SUFFIX, FileEntry
 from moetrain.errors import CheckpointError
 from moetrain.files import write_all, write_text
 from moetrain.parallel import watchdog
@@ -218,8 +217,8 @@ class Uploads:
         self._begun = manifest.step, self._thread.submit(self._upload, manifest)
 
     def _upload(self, manifest: Manifest) -> None:
-        name, folder = shard_name(self._mesh.rank), checkpoint_name(manifest.step)
-        mine = {name: self._level.folder / folder / name}
+        folder = checkpoint_name(manifest.step)
+        mine = {path.name: path for path in (self._level.folder / folder).glob(f"*{SUFFIX}")}
         with saving(self._level.checkpoints / folder):
             bring(manifest, mine, self._level.checkpoints, self._mesh, self._group)
             on_rank_0(located(lambda: self._prune(manifest.step), self._mesh), self._group)

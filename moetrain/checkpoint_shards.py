@@ -34,6 +34,8 @@ from moetrain.files import write_all
 from moetrain.parallel.sharding import ScatteredTensor
 
 SUFFIX = ".safetensors"
+FILE_BYTES = 2**30
+"""Of tensors in a file, unless one part is larger: several are hashed at once, when they are written and when read."""
 BLOCK_BYTES = 16 * 2**20
 """What is written and hashed at a time."""
 
@@ -102,7 +104,7 @@ class Part:
 
 
 def parts_of(tensors: Mapping[str, Tensor]) -> list[tuple[Part, Tensor]]:
-    """What this rank holds of logical tensors, in the order of a file: each part with its data, not copied.
+    """What this rank holds of logical tensors, in the order of the files: each part with its data, not copied.
 
     A DTensor is cut as its placements say, a ScatteredTensor into runs of rows; a plain tensor is whole.
     """
@@ -123,6 +125,19 @@ def parts_of(tensors: Mapping[str, Tensor]) -> list[tuple[Part, Tensor]]:
             found.append((Part(name, whole, tuple(offset), tuple(data.shape)), data.detach()))
     # Wide elements first, so that each tensor is aligned.
     return sorted(found, key=lambda pair: (-pair[0].whole.dtype.itemsize, pair[0].key))
+
+
+def files_of(tensors: Mapping[str, Tensor], rank: int) -> dict[str, list[tuple[Part, Tensor]]]:
+    """What this rank holds of logical tensors, by the file that it writes it to; at least one file."""
+    files: list[list[tuple[Part, Tensor]]] = [[]]
+    size = 0
+    for part, tensor in parts_of(tensors):
+        if files[-1] and size + part.bytes > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append((part, tensor))
+        size += part.bytes
+    return {f"rank-{rank:05d}-{number:02d}{SUFFIX}": parts for number, parts in enumerate(files)}
 
 
 def write_shard(file: Path, parts: Sequence[Part], blocks: Iterable[memoryview]) -> FileEntry:

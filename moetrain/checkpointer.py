@@ -6,8 +6,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +29,9 @@ from moetrain.checkpoint import (
     prune,
     refuse_file,
     saving,
-    shard_name,
 )
 from moetrain.checkpoint_levels import LocalLevel, Uploads
-from moetrain.checkpoint_shards import FileEntry, Part, parts_of, write_shard
+from moetrain.checkpoint_shards import FileEntry, Part, files_of, write_shard
 from moetrain.checkpoint_staging import Copy, Stager
 from moetrain.files import fsync_folder
 from moetrain.parallel import watchdog
@@ -40,6 +40,9 @@ from moetrain.parallel.mesh import Mesh
 from moetrain.parallel.sharding import ScatteredTensor
 
 T = TypeVar("T")
+
+FILES_AT_ONCE = 4
+"""That a rank writes and hashes; one thread hashes 2 GB/s."""
 
 
 class Checkpointer:
@@ -76,9 +79,10 @@ class Checkpointer:
         self.keep_every = keep_every
         self.asynchronous = asynchronous
         self._stager = Stager(mesh.device, host_memory_bytes)
-        self._copy: Copy | None = None
+        self._copies: list[Copy] = []
         """What may not have been copied yet."""
         self._writer = ThreadPoolExecutor(1, "checkpoint-write")
+        self._files = ThreadPoolExecutor(FILES_AT_ONCE, "checkpoint-file")
         self._pending: list[Future[None]] = []
         """Saves that are not durable, and those that failed, oldest first."""
         self._stalls = Stalls(mesh.device)
@@ -101,9 +105,12 @@ class Checkpointer:
         account = json.loads(json.dumps(progress))
         self.wait_for_copies()
         with self._stalls.host():
-            parts = parts_of(owned(tensors, self.mesh))
-            self._copy = self._stager.copy([tensor for _, tensor in parts])
-            written = self._writer.submit(self._write, step, [part for part, _ in parts], self._copy, account)
+            files = [
+                _File(name, [part for part, _ in parts], self._stager.copy([tensor for _, tensor in parts]))
+                for name, parts in files_of(owned(tensors, self.mesh), self.mesh.rank).items()
+            ]
+            self._copies = [file.copy for file in files]
+            written = self._writer.submit(self._write, step, files, account)
             self._pending = [save for save in self._pending if not save.done() or _failed(save)] + [written]
             if not self.asynchronous:
                 self.wait()
@@ -111,7 +118,7 @@ class Checkpointer:
 
     def wait_for_copies(self) -> None:
         """Return when the tensors of the last save may change: here and now, or on a GPU in the current stream."""
-        if self._copy is not None:
+        if self._copies:
             with self._stalls.stream():
                 self._wait_for_copies()
 
@@ -136,6 +143,7 @@ class Checkpointer:
         """End the threads, which write what is pending first."""
         with watchdog.paused():
             self._writer.shutdown()
+            self._files.shutdown()
             self._stager.close()
             if self._uploads is not None:
                 self._uploads.close()
@@ -145,10 +153,10 @@ class Checkpointer:
         return self._stalls.take()
 
     def _wait_for_copies(self) -> None:
-        if self._copy is not None:
-            with watchdog.paused():
-                self._copy.wait()
-            self._copy = None
+        with watchdog.paused():
+            for copy in self._copies:
+                copy.wait()
+        self._copies = []
 
     def _prepare_folder(self, resumed_step: int | None) -> None:
         refuse_file(self.folder)
@@ -163,23 +171,22 @@ class Checkpointer:
                 path.rename(superseded)
         fsync_folder(self.folder)
 
-    def _write(self, step: int, parts: Sequence[Part], copy: Copy, progress: dict[str, Any]) -> None:
+    def _write(self, step: int, files: Sequence[_File], progress: dict[str, Any]) -> None:
         """The thread's part: write, agree, commit. Collective over the checkpoint group."""
         folder = self.folder if self._local is None else self._local.folder
         target = folder / checkpoint_name(step)
         with saving(target):
             try:
-                manifest = self._write_to(target, step, parts, copy, progress)
+                manifest = self._write_to(target, step, files, progress)
             finally:
-                copy.drop()  # or the trainer would wait for it
+                for file in files:
+                    file.copy.drop()  # or the trainer would wait for it
             if self._uploads is None:
                 on_rank_0(located(lambda: self._prune(step), self.mesh), self.mesh.checkpoint_group)
             else:
                 self._uploads.offer(manifest)
 
-    def _write_to(
-        self, target: Path, step: int, parts: Sequence[Part], copy: Copy, progress: dict[str, Any]
-    ) -> Manifest:
+    def _write_to(self, target: Path, step: int, files: Sequence[_File], progress: dict[str, Any]) -> Manifest:
         """Into the folder that all ranks share, or that each has for itself."""
         mesh, shared = self.mesh, self._local is None
 
@@ -188,15 +195,16 @@ class Checkpointer:
                 return on_rank_0(located(work, mesh), mesh.checkpoint_group)
             return on_all_ranks(located(work, mesh), mesh.checkpoint_group)[mesh.rank]
 
-        def write() -> FileEntry:
-            with closing(copy.blocks()) as blocks:
-                return write_shard(aside / shard_name(mesh.rank), parts, blocks)
+        def write() -> dict[str, FileEntry]:
+            entries = {file.name: self._files.submit(file.write, aside) for file in files}
+            wait(entries.values())
+            return {name: entry.result() for name, entry in entries.items()}
 
         aside = by_owner(lambda: new_aside(target))
         try:
             written = on_all_ranks(located(write, mesh), mesh.checkpoint_group)
-            files = {shard_name(rank): entry for rank, entry in enumerate(written)}
-            manifest = make_manifest(step, mesh.world_size, mesh.ep, progress, files)
+            entries = {name: entry for found in written for name, entry in found.items()}
+            manifest = make_manifest(step, mesh.world_size, mesh.ep, progress, entries)
             by_owner(lambda: commit(aside, target, manifest))
         except Exception:
             if mesh.rank == 0 or not shared:
@@ -210,6 +218,22 @@ class Checkpointer:
 
     def _kept_for_ever(self, step: int) -> bool:
         return self.keep_every > 0 and step % self.keep_every == 0
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file of a checkpoint will hold, and the copy of it that is under way."""
+
+    name: str
+    parts: Sequence[Part]
+    copy: Copy
+
+    def write(self, folder: Path) -> FileEntry:
+        try:
+            with closing(self.copy.blocks()) as blocks:
+                return write_shard(folder / self.name, self.parts, blocks)
+        finally:
+            self.copy.drop()  # its blocks are wanted by other files
 
 
 class Stalls:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain import checkpoint
+from moetrain import checkpoint_shards as shards
 from moetrain import checkpoint_staging as staging
 from moetrain import checkpointer as saving
 from moetrain.checkpoint import find_checkpoint, find_resume, latest, load, verify
@@ -187,6 +188,35 @@ def test_memory_is_bounded_and_the_update_waits_for_it(
     memory = checkpointer._stager._memory
     assert memory is not None
     assert memory._made == len(memory._free) == 3  # of the eight that the tensors fill
+
+
+def test_a_rank_writes_several_files(saver: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than at once, of more blocks than there are; and when one cannot be written, the others do not wait."""
+    monkeypatch.setattr(staging, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(shards, "FILE_BYTES", 100)
+    checkpointer, tensors = saver(asynchronous=True, host_memory_bytes=2 * 64), example()
+    for step in (1, 2):
+        checkpointer.save(step, tensors, {})
+    checkpointer.wait()
+    path = checkpointer.folder / "step-00000002"
+    manifest = checkpoint.read_manifest(path)
+    assert len(manifest.files) > saving.FILES_AT_ONCE
+    held = [load_file(path / name) for name in manifest.files]
+    assert all(sum(tensor.nbytes for tensor in file.values()) <= 120 for file in held)  # the largest tensor
+    assert_same_bits({name: tensor for file in held for name, tensor in file.items()}, tensors)
+
+    write_shard, first = saving.write_shard, min(manifest.files)
+
+    def full(file: Path, *arguments: Any) -> Any:
+        if file.name == first:
+            raise OSError(28, "No space left on device")
+        return write_shard(file, *arguments)
+
+    monkeypatch.setattr(saving, "write_shard", full)
+    checkpointer.save(3, tensors, {})
+    checkpointer.wait_for_copies()
+    with pytest.raises(CheckpointError, match=r"step-00000003 failed: .*No space left"):
+        checkpointer.wait()
 
 
 def test_a_save_that_cannot_be_written_does_not_hold_the_update_up(
@@ -590,7 +620,9 @@ def four_ranks(folder: Path, _: Path) -> None:
     assert find_resume(folder, "auto", mesh) == folder / "step-00000001"
     checkpoint.sha256 = sha256
     shares = on_all_ranks(lambda: hashed, mesh.host_group)
-    assert sorted(file for share in shares for file in share) == [f"rank-0000{rank}.safetensors" for rank in range(4)]
+    assert sorted(file for share in shares for file in share) == [
+        f"rank-0000{rank}-00.safetensors" for rank in range(4)
+    ]
     assert all(len(share) == 1 for share in shares)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -612,7 +644,7 @@ def four_ranks(folder: Path, _: Path) -> None:
         load(there, tensors, mesh)
     with pytest.raises(CheckpointError, match=r"checkpoint.resume = never"):
         find_resume(folder, "never", mesh)
-    file = folder / "step-00000004" / "rank-00003.safetensors"
+    file = folder / "step-00000004" / "rank-00003-00.safetensors"
     if mesh.rank == 0:
         content = file.read_bytes()
         flip(file)
@@ -621,7 +653,7 @@ def four_ranks(folder: Path, _: Path) -> None:
         assert find_resume(folder, "auto", mesh) == folder / "step-00000001"
     assert len(said) == (mesh.rank == 0)
     with pytest.raises(
-        CheckpointError, match=r"step-00000004 is damaged: .*rank-00003\.safetensors: its SHA-256"
+        CheckpointError, match=r"step-00000004 is damaged: .*rank-00003-00\.safetensors: its SHA-256"
     ) as caught:
         find_resume(folder, str(folder / "step-00000004"), mesh)
     assert caught.value.agreed
