@@ -118,26 +118,30 @@ class Copy:
             self.done.set_result(event)
 
     def _fill(self, stream: torch.cuda.Stream | None) -> Iterator[_Filled]:
-        block, used = None, 0
+        for pieces in _by_block(self.tensors):
+            sizes = [len(piece) for piece in pieces]
+            block, used = self._memory.take(), sum(sizes)
+            # One call, which leaves the interpreter to the trainer.
+            torch._foreach_copy_(block[:used].split(sizes), pieces, non_blocking=True)
+            yield _Filled(block, used, None if stream is None else _record(stream))
 
-        def full() -> _Filled:
-            assert block is not None
-            return _Filled(block, used, None if stream is None else _record(stream))
 
-        for tensor in self.tensors:
-            content = as_bytes(tensor)
-            while len(content):
-                if block is None:
-                    block, used = self._memory.take(), 0
-                piece = content[: BLOCK_BYTES - used]
-                block[used : used + len(piece)].copy_(piece, non_blocking=True)
-                used += len(piece)
-                content = content[len(piece) :]
-                if used == BLOCK_BYTES:
-                    yield full()
-                    block = None
-        if block is not None:
-            yield full()
+def _by_block(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The bytes of the tensors, cut into what fills one block after the other."""
+    pieces: list[Tensor] = []
+    room = BLOCK_BYTES
+    for tensor in tensors:
+        content = as_bytes(tensor)
+        while size := len(content):
+            piece = content if size <= room else content[:room]
+            pieces.append(piece)
+            room -= len(piece)
+            content = content[len(piece) :]
+            if room == 0:
+                yield pieces
+                pieces, room = [], BLOCK_BYTES
+    if pieces:
+        yield pieces
 
 
 class Stager:
