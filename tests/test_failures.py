@@ -23,7 +23,10 @@ from moetrain.errors import ConfigError, PeerError
 from moetrain.parallel import create_mesh, destroy_mesh, watchdog
 from moetrain.parallel.watchdog import Watchdog
 
-LAUNCH = "import sys; from moetrain.launch import torchrun; sys.exit(torchrun.run(sys.argv[1:], {}, module='faults'))"
+LAUNCH = (
+    "import sys; from moetrain.launch import torchrun; "
+    "sys.exit(torchrun.run(sys.argv[1:], {}, module='faults.launched'))"
+)
 
 
 on_every_backend = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu2)])
@@ -100,8 +103,8 @@ def test_a_rank_that_hangs_is_named(device, tmp_path, data_folder):
     [(code, error)] = run.end()
     assert code == PeerError.exit_code, error
     message = (
-        rf"no progress for {seconds} seconds \(run\.timeout_minutes\): waiting for rank 1 in faults\.py:\d+ \(fail\), "
-        r"last begun: step 4; meanwhile rank 0 in \w+\.py:\d+ \(\w+\), last begun: step 5"
+        rf"no progress for {seconds} seconds \(run\.timeout_minutes\): waiting for rank 1 in launched\.py:\d+ "
+        r"\(fail\), last begun: step 4; meanwhile rank 0 in \w+\.py:\d+ \(\w+\), last begun: step 5"
     )
     told, reported = error.splitlines()
     assert re.fullmatch(rf"moetrain: error: rank [01]: {message}", told)
