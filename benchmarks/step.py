@@ -23,18 +23,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from moetrain.benchmarks.random_tokens import on_random_tokens, write_random_tokens
 from moetrain.benchmarks.report import Report, say, table
 from moetrain.benchmarks.timing import Deadline, synchronize
 from moetrain.config import Config, check_world, load_config
 from moetrain.data import Loader, open_dataset
-from moetrain.data.index import Index, Shard
 from moetrain.errors import ConfigError
-from moetrain.files import sha256
 from moetrain.flops import flops_per_token, peak_tflops
 from moetrain.model import derive_seed
 from moetrain.parallel import Mesh, any_rank, environment_world_size, on_all_ranks, on_rank_0
@@ -96,8 +94,8 @@ def step_command(options: Options) -> int:
     with joined_mesh(config) as mesh, redirect_stdout(sys.stdout if mesh.rank == 0 else io.StringIO()):
         folder = on_rank_0(lambda: Path(tempfile.mkdtemp()), mesh.host_group)
         try:
-            config = _for_benchmark(config, folder)
-            on_rank_0(lambda: _write_random_tokens(folder / "data", config), mesh.host_group)
+            config = on_random_tokens(config, folder)
+            on_rank_0(lambda: write_random_tokens(folder / "data", config), mesh.host_group)
             _bench(config, mesh, options)
         finally:
             if mesh.rank == 0:
@@ -129,36 +127,6 @@ def _bench(config: Config, mesh: Mesh, options: Options) -> None:
             row["left_gib"] = torch.cuda.memory_allocated(mesh.device) / GIB
         report.add(row)
         _show(row)
-
-
-def _for_benchmark(config: Config, folder: Path) -> Config:
-    """The same without checkpoints, evaluation and reports, on random tokens in `folder`."""
-    return replace(
-        config,
-        run=replace(config.run, dir=str(folder / "run")),
-        data=replace(config.data, path=str(folder / "data")),
-        checkpoint=replace(config.checkpoint, every=0, resume="never"),
-        eval=replace(config.eval, every=0, tokens=config.data.seq_len),
-        metrics=replace(config.metrics, every=10**9, console="none", tensorboard=False, wandb_project=None),
-    )
-
-
-def _write_random_tokens(folder: Path, config: Config) -> None:
-    """A data set of uniformly random tokens of the model's vocabulary."""
-    folder.mkdir()
-    vocabulary = config.model.vocab_size
-    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
-    generator = np.random.default_rng(config.train.seed)
-    shards = {}
-    for name, tokens in (("train", 8 * config.train.tokens_per_step + 1), ("heldout", 2 * config.data.seq_len + 1)):
-        file = folder / f"{name}.bin"
-        file.write_bytes(
-            generator.integers(vocabulary, size=tokens).astype(f"<{dtype[0]}{int(dtype[4:]) // 8}").tobytes()
-        )
-        shards[name] = (Shard(file.name, tokens, 1, tokens, dtype, sha256(file)),)
-    # No text was tokenised; "bytes" is the kind that needs no tokenizer file.
-    tokenizer = {"kind": "bytes", "name": "random tokens"}
-    Index(vocabulary, 0, tokenizer, {"made": "by moetrain bench step"}, **shards).write(folder)
 
 
 @contextmanager
