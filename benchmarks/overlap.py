@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.benchmarks.random_tokens import on_random_tokens
 from moetrain.benchmarks.report import Report, say, table
-from moetrain.benchmarks.step import benchmark_config, on_random_tokens
+from moetrain.benchmarks.step import benchmark_config
 from moetrain.benchmarks.timing import Deadline
 from moetrain.config import Config, check_world, overlap_obstacle
 from moetrain.data import Batch

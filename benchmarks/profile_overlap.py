@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moetrain.benchmarks.overlap import with_overlap
+from moetrain.benchmarks.random_tokens import on_random_tokens
 from moetrain.benchmarks.report import Report, say, table
-from moetrain.benchmarks.step import benchmark_config, on_random_tokens
+from moetrain.benchmarks.step import benchmark_config
 from moetrain.benchmarks.timing import synchronize
 from moetrain.config import Config, check_world, overlap_obstacle
 from moetrain.errors import ConfigError

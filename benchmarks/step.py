@@ -9,35 +9,28 @@ initialised router is nearly balanced on them.
 from __future__ import annotations
 
 import gc
-import io
 import re
-import shutil
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from moetrain.benchmarks.random_tokens import on_random_tokens
 from moetrain.benchmarks.report import Report, say, table
 from moetrain.benchmarks.timing import Deadline, synchronize
 from moetrain.config import Config, check_world, load_config
 from moetrain.data import Loader, open_dataset
-from moetrain.data.index import Index, Shard
 from moetrain.errors import ConfigError
-from moetrain.files import sha256
 from moetrain.flops import flops_per_token, peak_tflops
 from moetrain.model import derive_seed
-from moetrain.parallel import Mesh, any_rank, environment_world_size, on_all_ranks, on_rank_0
+from moetrain.parallel import Mesh, any_rank, environment_world_size, on_all_ranks
 from moetrain.plan import dispatch_bytes
 from moetrain.ranks import joined_mesh
 from moetrain.trainer import Trainer
@@ -103,20 +96,6 @@ def benchmark_config(name: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-@contextmanager
-def on_random_tokens(config: Config, mesh: Mesh) -> Iterator[Config]:
-    """The config of a run in a folder of its own, on random tokens there, gone at the end. Rank 0 alone prints."""
-    folder = on_rank_0(lambda: Path(tempfile.mkdtemp()), mesh.host_group)
-    try:
-        config = _for_benchmark(config, folder)
-        on_rank_0(lambda: _write_random_tokens(folder / "data", config), mesh.host_group)
-        with redirect_stdout(sys.stdout if mesh.rank == 0 else io.StringIO()):
-            yield config
-    finally:
-        if mesh.rank == 0:
-            shutil.rmtree(folder)
-
-
 def _bench(config: Config, mesh: Mesh, options: Options) -> None:
     deadline = Deadline(options.budget_seconds)
     report = Report("step", mesh.device, options.json if mesh.rank == 0 else None)
@@ -141,36 +120,6 @@ def _bench(config: Config, mesh: Mesh, options: Options) -> None:
             row["left_gib"] = torch.cuda.memory_allocated(mesh.device) / GIB
         report.add(row)
         _show(row)
-
-
-def _for_benchmark(config: Config, folder: Path) -> Config:
-    """The same without checkpoints, evaluation and reports, on random tokens in `folder`."""
-    return replace(
-        config,
-        run=replace(config.run, dir=str(folder / "run")),
-        data=replace(config.data, path=str(folder / "data")),
-        checkpoint=replace(config.checkpoint, every=0, resume="never"),
-        eval=replace(config.eval, every=0, tokens=config.data.seq_len),
-        metrics=replace(config.metrics, every=10**9, console="none", tensorboard=False, wandb_project=None),
-    )
-
-
-def _write_random_tokens(folder: Path, config: Config) -> None:
-    """A data set of uniformly random tokens of the model's vocabulary."""
-    folder.mkdir()
-    vocabulary = config.model.vocab_size
-    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
-    generator = np.random.default_rng(config.train.seed)
-    shards = {}
-    for name, tokens in (("train", 8 * config.train.tokens_per_step + 1), ("heldout", 2 * config.data.seq_len + 1)):
-        file = folder / f"{name}.bin"
-        file.write_bytes(
-            generator.integers(vocabulary, size=tokens).astype(f"<{dtype[0]}{int(dtype[4:]) // 8}").tobytes()
-        )
-        shards[name] = (Shard(file.name, tokens, 1, tokens, dtype, sha256(file)),)
-    # No text was tokenised; "bytes" is the kind that needs no tokenizer file.
-    tokenizer = {"kind": "bytes", "name": "random tokens"}
-    Index(vocabulary, 0, tokenizer, {"made": "by moetrain bench step"}, **shards).write(folder)
 
 
 @contextmanager

@@ -248,11 +248,12 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         commands,
         "bench",
         "measure speed and memory beside other implementations",
-        "Time one MoE layer or whole training steps, beside other implementations that are installed, or compare all\n"
-        "solvers of expert placements.",
+        "Time one MoE layer, whole training steps or checkpoints, beside other implementations that are installed, or\n"
+        "compare all solvers of expert placements.",
         "examples:\n"
         "  moetrain bench moe-layer --shapes 24576,1536,256,128,8\n"
         "  moetrain bench step olmoe-1b-7b\n"
+        "  moetrain bench checkpoint tiny\n"
         "  moetrain bench placement --traces runs/x --gpus 8\n",
     )
     _add_bench_commands(bench)
@@ -584,6 +585,29 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(fused)
     fused.set_defaults(handler=_bench_allreduce_rmsnorm)
 
+    checkpoint = _add_command(
+        commands,
+        "checkpoint",
+        "what saving costs a run",
+        "Time saves between training steps of CONFIG on random tokens: how long one holds the loop up, when it is\n"
+        "durable, and what one after every step costs, beside torch.save and torch.distributed.checkpoint.",
+        "examples:\n"
+        "  moetrain bench checkpoint tiny --json checkpoint.json\n"
+        "  moetrain bench checkpoint small --folder /scratch/me --steps 50\n"
+        "  torchrun --nproc-per-node 8 -m moetrain bench checkpoint moe-7b-fine parallel.ep=8 parallel.fsdp=true\n",
+    )
+    _add_config(checkpoint)
+    checkpoint.add_argument("--methods", nargs="+", metavar="M", help="(default: all that there are here)")
+    checkpoint.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="saves timed one by one (default: %(default)s)"
+    )
+    checkpoint.add_argument(
+        "--steps", type=positive, default=20, metavar="N", help="steps with a save after each (default: %(default)s)"
+    )
+    checkpoint.add_argument("--folder", metavar="DIR", help="where to save (default: the system's temporary folder)")
+    _add_bench_output(checkpoint)
+    checkpoint.set_defaults(handler=_bench_checkpoint)
+
 
 def _add_tune_commands(tune: argparse.ArgumentParser) -> None:
     commands = tune.add_subparsers(metavar="command", required=True, parser_class=_Parser)
@@ -772,6 +796,12 @@ def _profile_overlap(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.profile_overlap import Options, profile_overlap_command
 
     return profile_overlap_command(Options(**_fields(arguments)))
+
+
+def _bench_checkpoint(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.checkpoint import Options, checkpoint_command
+
+    return checkpoint_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -343,7 +343,18 @@ class CheckpointConfig:
     """A run, a checkpoints folder or a checkpoint, as of `moetrain hf import`, with whose weights a run begins that has
     no checkpoint to resume from. They are cast to train.param_dtype; steps, data and optimiser begin anew."""
     asynchronous: bool = True
-    """Write in the background, from a copy in host memory."""
+    """Copy to host memory while the next step computes, and write from there in the background; else the run waits."""
+    host_memory_gib: float | None = None
+    """Host memory of each rank for what is copied and not yet written. When it is full, updates wait for the disk.
+    Default: as much as two checkpoints take, but of all ranks of a machine no more than half of what it has free."""
+    local_dir: str | None = None
+    """Folder on each machine's own disk or in its memory (/dev/shm/x), to which ranks write first where the run folder
+    is slow; from there checkpoints are brought to the run folder, of those that come faster than it takes them only
+    the newest."""
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        return None if self.host_memory_gib is None else int(self.host_memory_gib * 2**30)
 
 
 @dataclass(frozen=True)
@@ -718,6 +729,8 @@ def check(config: Config) -> None:
     )
     if config.metrics.peak_tflops is not None:
         _require(config.metrics.peak_tflops > 0, "metrics.peak_tflops", config.metrics.peak_tflops, "must be positive")
+    if (gib := config.checkpoint.host_memory_gib) is not None:
+        _require(0 < gib < math.inf, "checkpoint.host_memory_gib", gib, "must be positive and finite")
     _require(
         config.run.timeout_minutes <= 10_080, "run.timeout_minutes", config.run.timeout_minutes, "is more than a week"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -48,6 +49,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) so that `path` holds either the old contents or the new, whole."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_all(file: io.FileIO, content: memoryview) -> None:
+    """Write to an unbuffered file, which takes as much at a time as the system likes."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def fsync_folder(folder: Path) -> None:

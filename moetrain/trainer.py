@@ -22,15 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
-from moetrain.checkpoint import (
-    Checkpointer,
-    checkpoint_name,
-    contents,
-    find_resume,
-    find_together,
-    load,
-    read_manifest,
-)
+from moetrain.checkpoint import checkpoint_name, contents, find_resume, find_together, load, read_manifest
+from moetrain.checkpoint_levels import LocalLevel
+from moetrain.checkpointer import Checkpointer
 from moetrain.communication_meter import CommunicationMeter
 from moetrain.config import Config, ModelConfig, RouterConfig, check_world, config_hash, to_yaml
 from moetrain.data import (
@@ -138,7 +132,6 @@ class Trainer:
         self.progress = Progress()
         self.stop_requested = False
         self.saved_step: int | None = None
-        self.checkpoint_stall = 0.0
         self.dispatch_bytes = 0
         """Sent by this rank's MoE layers in the last step."""
         self.placement_metrics: dict[str, float] = {}
@@ -149,6 +142,7 @@ class Trainer:
         self._lock = self._lock_folder()
         self.dataset = first_on_each_node(self._open_dataset, mesh)
         checkpoints = self.folder / "checkpoints"
+        local = self._local_level(checkpoints)
         source = find_resume(checkpoints, config.checkpoint.resume, mesh)
         saved = None if source is None else on_rank_0(lambda: self._saved_progress(source), mesh.host_group)
         begun_with = None
@@ -174,6 +168,8 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            host_memory_bytes=config.checkpoint.host_memory_bytes,
+            local=local,
             # Going on from an earlier step of this folder leaves the later ones to the course they belong to.
             resumed_step=None if config.checkpoint.resume in ("auto", "never") else self.saved_step,
         )
@@ -209,7 +205,7 @@ class Trainer:
         try:
             with self._stop_signals(), self._profiler() as profiler:
                 batches = iter(loader)
-                while self.progress.step < total_steps and not any_rank(self.stop_requested, self.mesh):
+                while self.progress.step < total_steps and not any_rank(self._should_stop(), self.mesh):
                     self._step(batches)
                     if compiled := compilations.stop():
                         self._message(f"first step: {compiled}")
@@ -225,6 +221,9 @@ class Trainer:
         finally:
             compilations.stop()
             loader.close()
+
+    def _should_stop(self) -> bool:
+        return self.stop_requested or self.checkpointer.failed
 
     def _loader(self) -> Loader:
         """This rank's batches from where the run stands."""
@@ -254,6 +253,7 @@ class Trainer:
         lr = learning_rate(progress.step, config.train.steps, config.optim)
         with self.communication.step(progress.step + 1):
             loss, routing = self._accumulate_gradients(batches)
+            self.checkpointer.wait_for_copies()  # nothing that a checkpoint holds has changed since it was begun
             norm = self.engine.step(lr)
         check_symmetric()  # the norm waited for the device: a kernel that missed another rank has said so
         self.dispatch_bytes = self.model.dispatch_bytes - sent_before
@@ -338,12 +338,11 @@ class Trainer:
             "grad_norm": norm,
             "lr": lr,
             "bad_steps": float(self.progress.bad_steps),
-            "time_metrics/checkpoint_stall(s)": self.checkpoint_stall,
+            "time_metrics/checkpoint_stall(s)": self.checkpointer.take_stall(),
             **self.throughput.report(),
             **self.communication.report(),
             **self.placement_metrics,
         }
-        self.checkpoint_stall = 0.0
         self.placement_metrics = {}
         if self.model.moe_layers:
             total = routing.reduced(self.mesh.world_size)
@@ -387,15 +386,15 @@ class Trainer:
             "config_hash": config_hash(self.config),
         }
         self.checkpointer.save(self.progress.step, logical_tensors(self.model, self.engine), progress)
-        self.checkpoint_stall += self.checkpointer.last_stall_seconds
         self.saved_step = self.progress.step
 
     def _finish(self) -> None:
         """Save what is not saved yet; after the last step also score and plot."""
         step, steps = self.progress.step, self.config.train.steps
+        self.checkpointer.wait()
         if self.saved_step != step:
             self._save()
-        self.checkpointer.wait()
+            self.checkpointer.wait()
         if step < steps:
             same = self.config.checkpoint.resume == "auto"
             how = "the same command goes on" if same else "with checkpoint.resume=auto the same command goes on"
@@ -435,6 +434,16 @@ class Trainer:
                 error = UserError(f"run.dir = {self.folder}: {problem.strerror}; choose another run.dir")
         raise_together(error, self.mesh)
         return file
+
+    def _local_level(self, checkpoints: Path) -> LocalLevel | None:
+        """The first level of storage; what a killed run has left there is in the run folder then."""
+        settings = self.config.checkpoint
+        if settings.local_dir is None:
+            return None
+        level = LocalLevel(Path(settings.local_dir), checkpoints, self.mesh)
+        if settings.resume == "auto":
+            level.bring_up()
+        return level
 
     def _placement_record(self) -> dict[str, Any] | None:
         """Where the experts are now, for the manifest."""

@@ -47,6 +47,8 @@ class Mesh:
     """Two dimensions, "ep" and "edp"."""
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
+    timeout: timedelta
+    """Of collectives."""
 
     @property
     def dp_rank(self) -> int:
@@ -63,6 +65,10 @@ class Mesh:
     @property
     def ep_group(self) -> dist.ProcessGroup:
         return self.experts.get_group("ep")
+
+    def new_host_group(self) -> dist.ProcessGroup:
+        """One more of those over gloo, for a thread of its own. Collective."""
+        return _host_group(self.timeout)
 
 
 def environment_world_size() -> int:
@@ -129,6 +135,7 @@ def create_mesh(
         experts=_device_mesh(target, world_size, ep, ("ep", "edp")),
         host_group=_host_group(timeout),
         checkpoint_group=_host_group(timeout),
+        timeout=timeout,
     )
 
 

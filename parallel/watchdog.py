@@ -77,6 +77,8 @@ class Watchdog:
         self._store = dist.PrefixStore(own_names, store.clone())  # type: ignore[attr-defined]
         self._main = threading.get_ident()
         self._moves, self._doing, self._pauses, self._beat = 0, "starting", 0, 0
+        self._heard = time.monotonic()
+        """When the store last answered the thread."""
         self._ending = threading.Lock()
         """Held by whoever ends this process, for ever."""
         self._closed = threading.Event()
@@ -100,7 +102,7 @@ class Watchdog:
     def close(self) -> None:
         """Watch no longer."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(2 * _ANSWER_LOOKS * self._interval)  # it may wait for a store that does not answer
 
     def explain(self, error: Exception) -> PeerError | None:
         """What another rank has to do with the error that ends this one; None, and the others are told, if nothing.
@@ -113,6 +115,13 @@ class Watchdog:
         if not self._ending.acquire(blocking=False):
             time.sleep(self._limit)  # the thread is about to end this process
         try:
+            if self._store_is_silent():  # and would hold this thread up too
+                if not broken:
+                    return None
+                return PeerError(
+                    "the process that holds the ranks' store does not answer: rank 0, or its launcher or node, was "
+                    "stopped or lost the network"
+                )
             message = self._verdict_or_silence() if broken else None
             if message is None:
                 self._proclaim(f"{name_ranks([self._rank])} failed: {type(error).__name__}: {_first_line(error)}")
@@ -125,6 +134,9 @@ class Watchdog:
         peer.agreed = not self._tells()
         time.sleep(2 * self._interval)  # let the rank that failed end first, so that launchers report that one
         return peer
+
+    def _store_is_silent(self) -> bool:
+        return time.monotonic() - self._heard > 2 * _ANSWER_LOOKS * self._interval
 
     def _verdict_or_silence(self) -> str | None:
         """Why a collective broke, once a rank has said it or one has been silent for long enough."""
@@ -152,6 +164,7 @@ class Watchdog:
             try:
                 self._write(state)
                 message = self._verdict()
+                self._heard = time.monotonic()
                 if message is None and stuck and (judgement := self._judge()) is not None:
                     message = self._proclaim(judgement)
             except RuntimeError:  # the store has gone

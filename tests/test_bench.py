@@ -396,3 +396,24 @@ def test_allreduce_rmsnorm_says_what_it_needs(capsys: pytest.CaptureFixture[str]
     ):
         assert main(["bench", "allreduce-rmsnorm", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_checkpoint_times_saves_of_the_same_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["model.dim=32", "model.n_layers=1", "model.expert_dim=16", "data.seq_len=32", "train.tokens_per_step=64"]
+    where = ["--folder", str(tmp_path), "--repeats", "1", "--steps", "2"]
+    result = run(tmp_path, "checkpoint", "tiny", *small, "train.micro_batch=2", "run.device=cpu", *where)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["moetrain", "torch.save", "DCP save", "DCP async_save", "write and fsync alone"]
+    for name, row in rows.items():
+        assert row["blocked_s"] > 0, name
+        assert row["durable_s"] > 0, name
+        assert row["saving_step_s"] > 0, name
+    assert rows["torch.save"]["blocked_s"] == pytest.approx(rows["torch.save"]["durable_s"], rel=0.1)
+    assert result["bytes_of_rank_0"] > 0
+    assert "DCP async_save, pinned: not here (a GPU)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_checkpoint_has_no_such_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "checkpoint", "tiny", "--methods", "moetrain", "pickle"]) == 2
+    assert "--methods pickle: there are moetrain, torch.save, " in capsys.readouterr().err

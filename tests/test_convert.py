@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moetrain import convert
-from moetrain.checkpoint import checkpoint_name, contents, latest, load, read_manifest, verify
+from moetrain.checkpoint import checkpoint_name, contents, load, read_manifest, verify
 from moetrain.checkpoint_commands import parts
 from moetrain.cli import main
 from moetrain.config import Config, from_dict
@@ -208,21 +208,22 @@ def test_verify(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture
     assert [line.split(", ")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"{folder / 'checkpoints' / checkpoint_name(step)}: whole" for step in (6, 4)
     ]
-    newest = latest(folder / "checkpoints")
-    assert newest is not None
-    (newest / ".metadata").unlink()
-    file = next(newest.glob("*.distcp"))
+    newest, older = (folder / "checkpoints" / checkpoint_name(step) for step in (6, 4))
+    (file,) = newest.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    for path, whole in ((folder, 1), (newest, 0)):
-        assert main(["checkpoint", "verify", str(path)]) == 1
-        lines = capsys.readouterr().out.splitlines()
-        assert sorted(lines[:2]) == [
-            f"{newest / '.metadata'}: missing",
-            f"{file}: its SHA-256 is wrong, the file was altered",
-        ]
-        assert len(lines) == 2 + whole
+    altered = f"{file}: its SHA-256 is wrong, the file was altered"
+    assert main(["checkpoint", "verify", str(folder)]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == altered
+    assert second.startswith(f"{older}: whole")
+    (lost,) = older.glob("*.safetensors")
+    lost.unlink()
+    assert main(["checkpoint", "verify", str(folder)]) == 1
+    assert capsys.readouterr().out.splitlines() == [altered, f"{lost}: missing"]
+    assert main(["checkpoint", "verify", str(newest)]) == 1
+    assert capsys.readouterr().out.splitlines() == [altered]
     assert main(["checkpoint", "verify", str(newest / "nothing")]) == 1
     error = capsys.readouterr().err
     assert "no such folder; give a run, a checkpoints folder or a checkpoint" in error

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from processes import SMALL, environment
+from processes import SMALL, environment, wait_until
 from ranks import free_port
 from torch.distributed import HashStore
 
@@ -21,7 +23,10 @@ from moetrain.errors import ConfigError, PeerError
 from moetrain.parallel import create_mesh, destroy_mesh, watchdog
 from moetrain.parallel.watchdog import Watchdog
 
-LAUNCH = "import sys; from moetrain.launch import torchrun; sys.exit(torchrun.run(sys.argv[1:], {}, module='faults'))"
+LAUNCH = (
+    "import sys; from moetrain.launch import torchrun; "
+    "sys.exit(torchrun.run(sys.argv[1:], {}, module='faults.launched'))"
+)
 
 
 on_every_backend = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu2)])
@@ -98,8 +103,8 @@ def test_a_rank_that_hangs_is_named(device, tmp_path, data_folder):
     [(code, error)] = run.end()
     assert code == PeerError.exit_code, error
     message = (
-        rf"no progress for {seconds} seconds \(run\.timeout_minutes\): waiting for rank 1 in faults\.py:\d+ \(fail\), "
-        r"last begun: step 4; meanwhile rank 0 in \w+\.py:\d+ \(\w+\), last begun: step 5"
+        rf"no progress for {seconds} seconds \(run\.timeout_minutes\): waiting for rank 1 in launched\.py:\d+ "
+        r"\(fail\), last begun: step 4; meanwhile rank 0 in \w+\.py:\d+ \(\w+\), last begun: step 5"
     )
     told, reported = error.splitlines()
     assert re.fullmatch(rf"moetrain: error: rank [01]: {message}", told)
@@ -218,6 +223,19 @@ def test_the_error_that_another_rank_brought_about(watch):
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     peer = dog.explain(broken)
     assert str(peer).startswith("rank 1 does not answer")
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(watch):
+    """Its process is stopped, not dead: calls of it return never, and raise nothing."""
+    dog = watch(0.8)
+    for_ever = threading.Event().wait
+    dog._store = SimpleNamespace(set=lambda *_: for_ever(), check=lambda *_: for_ever(), compare_set=pytest.fail)
+    wait_until(dog._store_is_silent)
+    start = time.monotonic()
+    peer = dog.explain(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 39000ms"))
+    assert str(peer).startswith("the process that holds the ranks' store does not answer: rank 0, or its launcher")
+    dog.close()
+    assert time.monotonic() - start < 5
 
 
 def test_an_error_of_its_own_is_told_to_the_others(watch):

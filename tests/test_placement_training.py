@@ -16,7 +16,8 @@ from test_trainer import metrics
 from torch import Tensor
 
 from moetrain import rebalance, trainer
-from moetrain.checkpoint import _owned, contents, load, read_manifest, verify
+from moetrain.checkpoint import contents, load, read_manifest, verify
+from moetrain.checkpointer import owned
 from moetrain.cli import main
 from moetrain.config import Config, from_dict
 from moetrain.errors import ConfigError, PlacementError
@@ -269,9 +270,9 @@ def expert_bytes_written(ep: int, slots_LE: list[list[int]]) -> int:
     """By this rank into a checkpoint."""
     config = config_of(Path(), Path(), f"parallel.ep={ep}")
     mesh = create_mesh(ep=ep, device="cpu")
-    owned = _owned(logical_tensors(Decoder(config, mesh, slots_LE)), mesh)
+    written = owned(logical_tensors(Decoder(config, mesh, slots_LE)), mesh)
     destroy_mesh()
-    locals_ = [tensor.to_local() for tensor in owned.values() if isinstance(tensor, ScatteredTensor)]
+    locals_ = [tensor.to_local() for tensor in written.values() if isinstance(tensor, ScatteredTensor)]
     return sum(local.numel() * local.element_size() for local in locals_)
 
 

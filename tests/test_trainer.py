@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from ranks import free_port, run_ranks
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 
-from moetrain.checkpoint import read_manifest
+from moetrain import checkpointer
+from moetrain.checkpoint import checkpoint_name, read_manifest
+from moetrain.checkpoint_staging import Copy
 from moetrain.config import Config, from_dict, load_config, to_yaml
 from moetrain.errors import CheckpointError, DataError, UserError
 from moetrain.evaluate import evaluate_command
@@ -111,6 +115,53 @@ def test_running_a_finished_run_again_only_scores_it(tmp_path: Path, data_folder
     before = metrics(tmp_path / "run")
     run(config)
     assert numbers(tmp_path / "run") == {s: tuple(r[k] for k in NUMBERS) for s, r in before.items()}
+
+
+def test_what_is_copied_behind_the_next_step_is_the_state_before_it(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of every step, of which each copy begins late and is slow, beside those that the run waits for."""
+    settings = ["checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0"]
+    run(make_config(tmp_path / "waits", data_folder, *settings, "checkpoint.asynchronous=false"))
+    fill = Copy._fill
+
+    def slow(self: Copy, stream: Any) -> Iterator[Any]:
+        time.sleep(0.05)
+        yield from fill(self, stream)
+
+    monkeypatch.setattr(Copy, "_fill", slow)
+    run(make_config(tmp_path / "goes-on", data_folder, *settings))
+    for step in range(1, 9):
+        waits, goes_on = (tmp_path / name / "checkpoints" / checkpoint_name(step) for name in ("waits", "goes-on"))
+        assert read_manifest(goes_on).files == read_manifest(waits).files  # their checksums
+    assert sum(record["time_metrics/checkpoint_stall(s)"] for record in metrics(tmp_path / "goes-on").values()) > 0
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+    write_shard, step = checkpointer.write_shard, Trainer._step
+
+    def full(file: Path, *arguments: Any) -> Any:
+        if "step-00000006" in str(file):
+            failed.set()
+            raise OSError(28, "No space left on device")
+        return write_shard(file, *arguments)
+
+    def step_after_failure(self: Trainer, batches: Any) -> None:
+        step(self, batches)
+        if self.progress.step == 7:
+            assert failed.wait(timeout=20)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(checkpointer, "write_shard", full)
+    monkeypatch.setattr(Trainer, "_step", step_after_failure)
+    config = make_config(tmp_path / "run", data_folder, "train.steps=20")
+    with pytest.raises(CheckpointError, match=r"saving .*step-00000006 failed: .*No space left on device"):
+        train(config)
+    assert max(metrics(tmp_path / "run")) == 7
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

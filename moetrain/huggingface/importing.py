@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from moetrain.checkpoint import write_checkpoint
+from moetrain.checkpoint_shards import LazyTensor
 from moetrain.config import Config, ModelConfig, RouterConfig, config_hash, from_dict
 from moetrain.convert import refuse_existing
 from moetrain.huggingface.companions import license_of, read_files
-from moetrain.huggingface.lazy_tensor import LazyTensor
 from moetrain.huggingface.reader import HuggingFaceModel, local_folder
 
 LONGEST = 4096
@@ -33,8 +33,8 @@ def import_model(source: str, out: Path) -> HuggingFaceModel:
     """
     refuse_existing(out)
     model = HuggingFaceModel(local_folder(source))
-    tensors: dict[str, Tensor] = {
-        f"model.{name}": LazyTensor(entry, lambda name=name: model.tensor(name))  # type: ignore[misc]
+    tensors = {
+        f"model.{name}": LazyTensor(entry.shape, entry.dtype, partial(model.tensor, name))
         for name, entry in model.entries.items()
     }
     write_imported(out, tensors, model, source, asdict(model.config.model), asdict(model.config.router))
@@ -43,7 +43,7 @@ def import_model(source: str, out: Path) -> HuggingFaceModel:
 
 def write_imported(
     out: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, LazyTensor],
     origin: HuggingFaceModel,
     source: str,
     model: Mapping[str, Any],

@@ -12,17 +12,17 @@ Shapes: D width, F feed-forward width, E experts, I = F / G.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import TensorEntry
+from moetrain.checkpoint_shards import LazyTensor, TensorEntry
 from moetrain.config import ModelConfig, from_dict
 from moetrain.convert import refuse_existing
 from moetrain.errors import ConfigError, HuggingFaceError
 from moetrain.huggingface.importing import write_imported
-from moetrain.huggingface.lazy_tensor import LazyTensor
 from moetrain.huggingface.reader import HuggingFaceModel, local_folder, shapes_of
 from moetrain.model import derive_seed
 
@@ -60,10 +60,10 @@ def upcycle(source: str, out: Path, recipe: Recipe) -> HuggingFaceModel:
         | ({"score": "softmax_after_topk"} if dense.family.qk_norm == "none" else {"normalize": True}),
     }
     config = from_dict(sections)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, shape in shapes_of(config).items():
         entry = TensorEntry(shape, torch.float32 if name.endswith("router.bias") else dense.dtype)
-        tensors[f"model.{name}"] = LazyTensor(entry, lambda name=name, entry=entry: _make(dense, recipe, name, entry))  # type: ignore[misc]
+        tensors[f"model.{name}"] = LazyTensor(shape, entry.dtype, partial(_make, dense, recipe, name, entry))
     write_imported(out, tensors, dense, source, asdict(config.model), asdict(config.router))
     return dense
 

@@ -40,6 +40,9 @@ class ReplicatedEngine:
         create_state(self.optimizer)
         self._sharding_of = {parameter: shardings[name] for name, parameter in parameters.items()}
         self._device = next(iter(parameters.values())).device
+        self._experts_move = any(sharding.slots is not None for sharding in shardings.values())
+        self._tensors: dict[str, Tensor] = {}
+        """They share memory with the weights and the optimiser's state, and making DTensors takes milliseconds."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -57,12 +60,12 @@ class ReplicatedEngine:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"model.{name}"] = self._logical(name, parameter)
-            for key, state in self.optimizer.state[parameter].items():
-                tensors[f"optim.{key}.{name}"] = self._logical(name, state) if state.dim() else state
-        return tensors
+        if not self._tensors or self._experts_move:
+            for name, parameter in self.parameters.items():
+                self._tensors[f"model.{name}"] = self._logical(name, parameter)
+                for key, state in self.optimizer.state[parameter].items():
+                    self._tensors[f"optim.{key}.{name}"] = self._logical(name, state) if state.dim() else state
+        return dict(self._tensors)
 
     def held(self, name: str) -> list[Tensor]:
         """What this rank holds of a parameter, to be changed in place: its weights, and what the optimiser keeps for

@@ -1,7 +1,7 @@
-"""`python -m faults …` is `python -m moetrain …` with a fault on one rank: FAULT = KIND:RANK:STEP in the environment.
+"""`python -m faults.launched …` is `python -m moetrain …` with a fault on one rank.
 
-kill, raise, hang and stop (the process) happen at the beginning of the step; config, which needs no step, gives the
-rank another learning rate; with "once" after the step a restart is spared.
+FAULT = KIND:RANK:STEP in the environment. kill, raise, hang and stop (the process) happen at the beginning of the step;
+config, which needs no step, gives the rank another learning rate; with "once" after the step a restart is spared.
 """
 
 from __future__ import annotations
