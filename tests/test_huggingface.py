@@ -375,3 +375,20 @@ def test_a_repository_is_downloaded(tmp_path: Path, mixtral: Path, monkeypatch: 
     for nonsense in ("nowhere", "/nowhere/else", "a/b/c"):
         with pytest.raises(HuggingFaceError, match="no such folder, and no OWNER/NAME"):
             local_folder(nonsense)
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    """Of a model of 78 MiB whose largest tensor has 4 MiB."""
+    file = tmp_path / "hf.json"
+    shape = ["model.n_layers=12", "model.dim=256", "model.expert_dim=512", "router.normalize=true"]
+    command = ["bench", "hf", "tiny", *shape, "--dir", str(tmp_path / "bench"), "--json", str(file)]
+    assert main(command) == 0
+    result = json.loads(file.read_text())
+    assert result["bytes"] > 78 * 2**20
+    assert result["largest_tensor"] == 4 * 2**20
+    assert [row["stage"] for row in result["rows"]] == ["write", "export", "import"]
+    for row in result["rows"]:
+        assert row["peak_mib"] - row["before_mib"] < 32, row
+    assert not (tmp_path / "bench").exists()
+    (tmp_path / "bench").mkdir()
+    assert main(command) == 2
