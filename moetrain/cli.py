@@ -608,6 +608,22 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_bench_output(checkpoint)
     checkpoint.set_defaults(handler=_bench_checkpoint)
 
+    huggingface = _add_command(
+        commands,
+        "hf",
+        "time and memory of import and export",
+        "Write random weights of CONFIG's shape as a checkpoint, export it, and import the export; show how long each\n"
+        "took and how much memory. Needs no GPU, and room on the disk for twice the weights.",
+        "examples:\n  moetrain bench hf olmoe-1b-7b --dir /scratch/bench --json hf.json\n",
+    )
+    _add_config(huggingface)
+    huggingface.add_argument("--dir", required=True, metavar="DIR", help="folder to make, and to remove at the end")
+    huggingface.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: %(default)s)"
+    )
+    huggingface.add_argument("--json", metavar="F", help="also write the results to this file, as they come")
+    huggingface.set_defaults(handler=_bench_huggingface)
+
 
 def _add_tune_commands(tune: argparse.ArgumentParser) -> None:
     commands = tune.add_subparsers(metavar="command", required=True, parser_class=_Parser)
@@ -802,6 +818,12 @@ def _bench_checkpoint(arguments: argparse.Namespace) -> int:
     from moetrain.benchmarks.checkpoint import Options, checkpoint_command
 
     return checkpoint_command(Options(**_fields(arguments)))
+
+
+def _bench_huggingface(arguments: argparse.Namespace) -> int:
+    from moetrain.benchmarks.huggingface import Options, huggingface_command
+
+    return huggingface_command(Options(**_fields(arguments)))
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def generate_command(options: Options) -> int:
             model = Decoder(config, mesh, None if placement is None else placement.slots)
         load(checkpoint, logical_tensors(model), mesh, strict=False)
         prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.end_of_document] for prompt in options.prompts]
-        stop = _stop_tokens(tokenizer, companions_of(checkpoint, manifest).config_json)
+        stop = frozenset([tokenizer.end_of_document, *companions_of(checkpoint, manifest).end_ids])
         vocabulary = min(tokenizer.vocab_size, config.model.vocab_size)
         runs: dict[str, Run] = {}
         for scheme in options.schemes:
@@ -117,12 +117,6 @@ def _tokenizer(checkpoint: Path, manifest: Manifest) -> Tokenizer:
             f"{checkpoint}: its tokenizer is not there: neither in the model that it began with nor in data.path"
         )
     return tokenizer
-
-
-def _stop_tokens(tokenizer: Tokenizer, config_json: Mapping[str, Any]) -> frozenset[int]:
-    """What ends a document, or by its config a model's answer."""
-    own = config_json.get("eos_token_id")
-    return frozenset([tokenizer.end_of_document, *(own if isinstance(own, list) else [own])]) - {None}
 
 
 def _texts(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor
 
 from moetrain.cli import main
@@ -139,9 +140,9 @@ def test_options_that_mean_nothing(options: dict[str, float]) -> None:
 
 def test_ranks_share_experts_and_prompts() -> None:
     expected = Generator(decoder(MODEL), PROMPTS, Sampling(8)).run()
-    for ranks in (2, 8):  # of eight, two have no prompt
-        found = MockWorld(ranks).run(lambda n: Generator(decoder(MODEL, n), PROMPTS, Sampling(8)).run(), ranks)
-        assert found == [expected] * ranks
+    # Two of eight have no prompt.
+    found = MockWorld(8).run(lambda: Generator(decoder(MODEL, 8), PROMPTS, Sampling(8)).run())
+    assert found == [expected] * 8
 
 
 ONE_EXPERT = ["router.top_k=1", "router.score=softmax", "router.normalize=false", "router.bias_update_rate=0"]
@@ -248,7 +249,7 @@ def test_the_command(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFi
     values = {
         "model": {"dim": 32, "n_layers": 2, "n_heads": 2, "num_experts": 4, "expert_dim": 32},
         "data": {"path": str(data_folder), "seq_len": 32},
-        "train": {"steps": 40, "tokens_per_step": 512, "micro_batch": 8},
+        "train": {"steps": 45, "tokens_per_step": 512, "micro_batch": 16},
         "optim": {"lr": 1e-2, "warmup_steps": 5},
         "checkpoint": {"every": 0},
         "eval": {"every": 0, "tokens": 512},
@@ -279,3 +280,38 @@ def test_a_config_of_many_ranks_serves_one() -> None:
     )
     config = generation_config(values, 2, [], "here")
     assert (config.parallel.ep, config.parallel.tp, config.parallel.wire) == (2, 1, "compute")
+
+
+# ------------------------------------------------------------------------------------------------------------ GPUs
+
+NARROW = ["train.param_dtype=float32", "train.dtype=float32"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_what_a_cpu_does() -> None:
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    model = decoder(MODEL, 1, *NARROW)
+    expected = Generator(model, PROMPTS, Sampling(12, temperature=0)).run()
+    assert Generator(model.to("cuda"), PROMPTS, Sampling(12, temperature=0)).run() == expected
+
+
+def speak_on_gpus(expected: list[list[int]]) -> None:
+    """One prompt for two ranks, so that one has no token at all, and then all of them."""
+    torch.set_float32_matmul_precision("highest")
+    mesh = create_mesh(ep=2, device="cuda")
+    model = decoder(MODEL, 1, *NARROW)  # on the CPU, where the seed makes the same weights
+    whole = model.state_dict()
+    with torch.device(mesh.device):
+        model = Decoder(generation_config(MODEL, 2, NARROW, "here"), mesh)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(model.sharding(name).part(whole[name]))
+    for scheme in (Generator, ContextCoherentGenerator):
+        for number in (1, len(PROMPTS)):
+            texts = scheme(model, PROMPTS[:number], Sampling(8, temperature=0)).run()
+            assert texts == expected[:number], (scheme, number)
+
+
+@pytest.mark.gpu2
+def test_two_gpus_write_what_a_cpu_does() -> None:
+    expected = Generator(decoder(MODEL, 1, *NARROW), PROMPTS, Sampling(8, temperature=0)).run()
+    run_ranks(2, speak_on_gpus, expected)

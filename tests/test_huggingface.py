@@ -18,6 +18,7 @@ from moetrain.cli import main
 from moetrain.config import from_dict
 from moetrain.data import BytesTokenizer
 from moetrain.errors import HuggingFaceError
+from moetrain.huggingface.companions import tokenizer_of
 from moetrain.huggingface.exporting import export_model
 from moetrain.huggingface.importing import import_model
 from moetrain.huggingface.reader import INDEX, local_folder
@@ -347,6 +348,21 @@ def test_bytes_are_a_tokenizer_of_transformers(tmp_path: Path, data_folder: Path
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == BytesTokenizer.end_of_document
 
 
+def test_what_ends_an_answer_ends_a_text_if_nothing_usual_does(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "theirs", eos_token_id=[2, 3])
+    end = {"id": 3, "content": "<|stop|>", "special": True, "normalized": False}
+    definition = {
+        "version": "1.0",
+        "added_tokens": [end | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1, "b": 2}, "unk_token": "?"},
+    }
+    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(definition))
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours")
+    tokenizer = tokenizer_of(tmp_path / "ours", read_manifest(tmp_path / "ours"))
+    assert tokenizer is not None
+    assert tokenizer.end_of_document == 3
+
+
 def test_a_repository_is_downloaded(tmp_path: Path, mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -375,3 +391,20 @@ def test_a_repository_is_downloaded(tmp_path: Path, mixtral: Path, monkeypatch: 
     for nonsense in ("nowhere", "/nowhere/else", "a/b/c"):
         with pytest.raises(HuggingFaceError, match="no such folder, and no OWNER/NAME"):
             local_folder(nonsense)
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    """Of a model of 59 MiB whose largest tensor has 4 MiB."""
+    file = tmp_path / "hf.json"
+    shape = ["model.n_layers=9", "model.dim=256", "model.expert_dim=512", "router.normalize=true"]
+    command = ["bench", "hf", "tiny", *shape, "--dir", str(tmp_path / "bench"), "--json", str(file)]
+    assert main(command) == 0
+    result = json.loads(file.read_text())
+    assert result["bytes"] > 58 * 2**20
+    assert result["largest_tensor"] == 4 * 2**20
+    assert [row["stage"] for row in result["rows"]] == ["write", "export", "import"]
+    for row in result["rows"]:
+        assert row["peak_mib"] - row["before_mib"] < 28, row
+    assert not (tmp_path / "bench").exists()
+    (tmp_path / "bench").mkdir()
+    assert main(command) == 2

@@ -29,6 +29,7 @@ pytest.importorskip("transformers", reason="needs the extra moetrain[hf]")
 SETTINGS = [
     "data.seq_len=16",
     "train.steps=5",
+    "checkpoint.every=0",
     "train.tokens_per_step=256",
     "train.micro_batch=4",
     "optim.warmup_steps=2",
@@ -110,13 +111,28 @@ def test_the_data_may_be_in_the_models_own_tokens(
     for number in range(40):
         (tmp_path / "texts" / f"{number}.txt").write_text("one two two three " * 20)
     assert (
-        main(["data", "build", str(tmp_path / "texts"), "--tokenizer", str(ours), "--out", str(tmp_path / "data")]) == 0
+        main(
+            [
+                "data",
+                "build",
+                str(tmp_path / "texts"),
+                "--tokenizer",
+                str(ours),
+                "--out",
+                str(tmp_path / "data"),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
     )
     for name, data, differ in (("own", tmp_path / "data", False), ("others", data_folder, True)):
         config = config_of(ours, tmp_path / name, data, "train.steps=1", "metrics.console=plain")
         assert run_training(config) == 0
         assert ("changed since then: the tokenizer" in capsys.readouterr().out) == differ
-    # A run gives on the tokenizer that it began with.
+    # It speaks with it; a run gives it on.
+    assert main(["generate", str(ours), "--prompt", "one two", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("one two")
     assert main(["hf", "export", str(tmp_path / "own"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 

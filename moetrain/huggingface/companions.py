@@ -51,6 +51,12 @@ class Companions:
     """By name: tokenizer, generation settings, licence."""
 
     @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a text by the source's config."""
+        ids = self.config_json.get("eos_token_id")
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+    @property
     def has_tokenizer(self) -> bool:
         return any(name in self.files for name in TOKENIZER_FILES)
 
@@ -122,9 +128,18 @@ def with_tokenizer(companions: Companions, manifest: Manifest, config: Config, f
 
 def tokenizer_of(checkpoint: Path, manifest: Manifest) -> Tokenizer | None:
     """What makes text of a checkpoint's tokens: of the model that it began with, or of its run's data; else None."""
-    definition = companions_of(checkpoint, manifest).files.get("tokenizer.json")
+    companions = companions_of(checkpoint, manifest)
+    definition = companions.files.get("tokenizer.json")
     if definition is not None:
-        return HuggingFaceTokenizer(definition, str(checkpoint / "tokenizer.json"))
+        name = str(checkpoint / "tokenizer.json")
+        try:
+            return HuggingFaceTokenizer(definition, name)
+        except DataError:  # no usual token ends a document, but perhaps what ends the model's answers
+            tokens = {token["id"]: token["content"] for token in json.loads(definition).get("added_tokens", [])}
+            ends = [tokens[n] for n in companions.end_ids if n in tokens]
+            if not ends:
+                raise
+            return HuggingFaceTokenizer(definition, name, ends[0])
     return _data_tokenizer(manifest, from_dict(manifest.progress["config"], where=str(checkpoint)))
 
 

@@ -153,13 +153,16 @@ def _write_file(aside: Path, file: str, plan: _Plan, checkpoint: Path) -> None:
 
 
 def _pieces(plan: _Plan, file: str, checkpoint: Path) -> Iterator[Tensor]:
-    for name in plan.files[file]:
-        entry = plan.sources[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        load(checkpoint, {f"model.{name}": tensor}, strict=False)
-        slots = list(plan.slots(name).values())
-        for piece, slot in zip(tensor.flatten().chunk(len(slots)), slots, strict=True):
-            yield piece.view(slot.shape).to(slot.dtype)
+    # Small tensors are read together, as many as weigh no more than the largest: every reading reads the metadata too.
+    sizes = {name: plan.sources[name].bytes for name in plan.files[file]}
+    for names in split_by_bytes(sizes, max(sizes.values())):
+        entries = {name: plan.sources[name] for name in names}
+        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+        load(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()}, strict=False)
+        for name in names:
+            slots = list(plan.slots(name).values())
+            for piece, slot in zip(tensors.pop(name).flatten().chunk(len(slots)), slots, strict=True):
+                yield piece.view(slot.shape).to(slot.dtype)
 
 
 def _finish(aside: Path, out: Path, plan: _Plan) -> None:
