@@ -27,7 +27,8 @@ class HostMemory:
     """Blocks of BLOCK_BYTES, at most `limit`; pinned for a GPU. What has been allocated is kept."""
 
     def __init__(self, limit: int, pinned: bool) -> None:
-        self._limit, self._pinned = limit, pinned
+        self.limit = limit
+        self._pinned = pinned
         self._made = 0
         self._free: list[Tensor] = []
         self._given_back = threading.Condition()
@@ -35,11 +36,16 @@ class HostMemory:
     def take(self) -> Tensor:
         """uint8 [BLOCK_BYTES]; waits until there is one."""
         with self._given_back:
-            self._given_back.wait_for(lambda: self._free or self._made < self._limit)
+            self._given_back.wait_for(lambda: self._free or self._made < self.limit)
             if self._free:
                 return self._free.pop()
             self._made += 1
-        return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
+        try:
+            return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError:  # or others would wait for it
+            with self._given_back:
+                self._made -= 1
+            raise
 
     def give_back(self, block: Tensor) -> None:
         with self._given_back:
@@ -158,17 +164,21 @@ class Stager:
         self._stream = torch.cuda.Stream(device) if cuda else None
         self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
 
-    def copy(self, tensors: Sequence[Tensor]) -> Copy:
-        """Begin to copy the tensors as the current stream leaves them. They must not change until Copy.wait()."""
+    def copy(self, groups: Sequence[Sequence[Tensor]]) -> list[Copy]:
+        """Begin to copy the tensors as the current stream leaves them, one group after the other.
+
+        They must not change until Copy.wait().
+        """
         if self._memory is None:
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            size = sum(tensor.numel() * tensor.element_size() for tensors in groups for tensor in tensors)
             limit = default_limit(size) if self._limit_bytes is None else self._limit_bytes
             # Two, so that one is filled while the other is written.
             self._memory = HostMemory(max(2, limit // BLOCK_BYTES), pinned=self._stream is not None)
-        copy = Copy(self._memory, tensors)
+        copies = [Copy(self._memory, tensors) for tensors in groups]
         ready = None if self._stream is None else _record(torch.cuda.current_stream(self._device))
-        self._thread.submit(copy.run, self._stream, ready)
-        return copy
+        for copy in copies:
+            self._thread.submit(copy.run, self._stream, ready)
+        return copies
 
     def close(self) -> None:
         """Wait for what has begun, which needs its blocks to be taken."""

@@ -105,11 +105,12 @@ class Checkpointer:
         account = json.loads(json.dumps(progress))
         self.wait_for_copies()
         with self._stalls.host():
+            named = files_of(parts_of(owned(tensors, self.mesh)), self.mesh.rank)
+            self._copies = self._stager.copy([[tensor for _, tensor in parts] for parts in named.values()])
             files = [
-                _File(name, [part for part, _ in parts], self._stager.copy([tensor for _, tensor in parts]))
-                for name, parts in files_of(parts_of(owned(tensors, self.mesh)), self.mesh.rank).items()
+                _File(name, [part for part, _ in parts], copy)
+                for (name, parts), copy in zip(named.items(), self._copies, strict=True)
             ]
-            self._copies = [file.copy for file in files]
             written = self._writer.submit(self._write, step, files, account)
             self._pending = [save for save in self._pending if not save.done() or _failed(save)] + [written]
             if not self.asynchronous:

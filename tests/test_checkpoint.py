@@ -257,12 +257,18 @@ def test_a_copy_that_fails_is_a_save_that_fails(
     assert steps(checkpointer.folder) == []
 
 
-def test_half_of_the_free_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_two_checkpoints_but_half_of_what_is_free_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     block = staging.BLOCK_BYTES
     assert staging.default_limit(5 * block + 1) == 12 * block
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=80 * block))
     assert staging.default_limit(5 * block + 1) == 10 * block
+    stager = staging.Stager(torch.device("cpu"), limit_bytes=None)
+    for copy in stager.copy([[torch.ones(block + 1, dtype=torch.uint8)]] * 2):
+        copy.drop()
+    assert stager._memory is not None
+    assert stager._memory.limit == 2 * 3  # of both, which are files of one checkpoint
+    stager.close()
 
 
 def test_keeps_the_last_and_every_nth(saver: Callable[..., Checkpointer]) -> None:

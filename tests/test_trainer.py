@@ -23,14 +23,16 @@ import torch
 from ranks import free_port, run_ranks
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
+from torch.distributed.tensor import DTensor
 
 from moetrain import checkpointer
-from moetrain.checkpoint import checkpoint_name, read_manifest
+from moetrain.checkpoint import checkpoint_name, load, read_manifest
 from moetrain.checkpoint_staging import Copy
 from moetrain.config import Config, from_dict, load_config, to_yaml
 from moetrain.errors import CheckpointError, DataError, UserError
 from moetrain.evaluate import evaluate_command
 from moetrain.kernels import autotune
+from moetrain.state import logical_tensors
 from moetrain.trainer import Trainer, _rounding_warning, start_compile_workers, train
 
 SMALL: dict[str, Any] = {
@@ -117,24 +119,34 @@ def test_running_a_finished_run_again_only_scores_it(tmp_path: Path, data_folder
     assert numbers(tmp_path / "run") == {s: tuple(r[k] for k in NUMBERS) for s, r in before.items()}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_is_copied_behind_the_next_step_is_the_state_before_it(
-    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """A checkpoint of every step, of which each copy begins late and is slow, beside those that the run waits for."""
-    settings = ["checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0"]
-    run(make_config(tmp_path / "waits", data_folder, *settings, "checkpoint.asynchronous=false"))
-    fill = Copy._fill
+    """A checkpoint of every step, of which every other copy begins late."""
+    fill, save = Copy._fill, Trainer._save
+    expected: dict[str, dict[str, torch.Tensor]] = {}
 
-    def slow(self: Copy, stream: Any) -> Iterator[Any]:
-        time.sleep(0.05)
+    def late(self: Copy, stream: Any) -> Iterator[Any]:
+        time.sleep(0.05 * (len(expected) % 2))
         yield from fill(self, stream)
 
-    monkeypatch.setattr(Copy, "_fill", slow)
-    run(make_config(tmp_path / "goes-on", data_folder, *settings))
-    for step in range(1, 9):
-        waits, goes_on = (tmp_path / name / "checkpoints" / checkpoint_name(step) for name in ("waits", "goes-on"))
-        assert read_manifest(goes_on).files == read_manifest(waits).files  # their checksums
-    assert sum(record["time_metrics/checkpoint_stall(s)"] for record in metrics(tmp_path / "goes-on").values()) > 0
+    def save_and_remember(self: Trainer) -> None:
+        tensors = logical_tensors(self.model, self.engine)
+        plain = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+        expected[checkpoint_name(self.progress.step)] = {name: tensor.clone().cpu() for name, tensor in plain.items()}
+        save(self)
+
+    monkeypatch.setattr(Copy, "_fill", late)
+    monkeypatch.setattr(Trainer, "_save", save_and_remember)
+    settings = ["checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0", f"run.device={device}"]
+    run(make_config(tmp_path / "run", data_folder, *settings))
+    assert len(expected) == 8
+    for name, tensors in expected.items():
+        loaded = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        load(tmp_path / "run" / "checkpoints" / name, loaded)
+        assert all(torch.equal(tensor, loaded[key]) for key, tensor in tensors.items()), name
+    assert sum(record["time_metrics/checkpoint_stall(s)"] for record in metrics(tmp_path / "run").values()) > 0
 
 
 def test_a_save_that_fails_ends_the_run_at_the_next_step(
