@@ -116,16 +116,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def contents(path: Path) -> dict[str, TensorEntry]:
     """The logical tensors in the checkpoint `path`, by name; CheckpointError if its files cannot be read."""
-    return {part.name: part.whole for parts in _shards(path).values() for part in parts}
-
-
-def _shards(path: Path) -> dict[Path, list[Part]]:
-    """What each of the files holds."""
-    files = [path / name for name in read_manifest(path).files if name.endswith(SUFFIX)]
-    try:
-        return {file: read_parts(file) for file in files}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its files cannot be read: {reason(error)}") from error
+    return SavedTensors(path).entries
 
 
 def verify(path: Path, *, checksums: bool = True, part: slice = slice(None)) -> list[str]:
@@ -459,26 +450,45 @@ def load(
 
     def read() -> dict[str, Any]:
         manifest = read_manifest(path)
-        try:
-            shards = _shards(path)
-            _check_fit(path, tensors, shards.values(), strict, cast)
-            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            with warnings.catch_warnings():  # that a load without collectives is meant for one process
-                warnings.simplefilter("ignore")
-                dcp.load(dict(tensors), storage_reader=ShardReader(shards), planner=planner, no_dist=True)
-        except CheckpointError:
-            raise
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
+        SavedTensors(path).load(tensors, strict=strict, cast=cast)
         return manifest.progress
 
     return read() if mesh is None else on_all_ranks(located(read, mesh), mesh.host_group)[0]
 
 
+class SavedTensors:
+    """The tensors of a checkpoint. Its files' headers are read once: with many ranks they say more than one tensor
+    is large, so whoever loads one after the other keeps this. Raises CheckpointError if they cannot be read.
+    """
+
+    entries: dict[str, TensorEntry]
+    """What there is, by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = [path / name for name in read_manifest(path).files if name.endswith(SUFFIX)]
+        try:
+            shards = {file: read_parts(file) for file in files}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: its files cannot be read: {reason(error)}") from error
+        self.entries = {part.name: part.whole for parts in shards.values() for part in parts}
+        self._reader = ShardReader(shards)
+
+    def load(self, tensors: Mapping[str, Tensor], *, strict: bool = True, cast: bool = False) -> None:
+        """:func:`load`, without the progress."""
+        _check_fit(self.path, tensors, self.entries, strict, cast)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with warnings.catch_warnings():  # that a load without collectives is meant for one process
+                warnings.simplefilter("ignore")
+                dcp.load(dict(tensors), storage_reader=self._reader, planner=planner, no_dist=True)
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {reason(error)}") from error
+
+
 def _check_fit(
-    path: Path, tensors: Mapping[str, Tensor], shards: Iterable[Iterable[Part]], strict: bool, cast: bool
+    path: Path, tensors: Mapping[str, Tensor], saved: Mapping[str, TensorEntry], strict: bool, cast: bool
 ) -> None:
-    saved = {part.name: part.whole for parts in shards for part in parts}
     problems = []
     missing = sorted(tensors.keys() - saved.keys())
     if missing:

@@ -226,23 +226,24 @@ class ShardReader(dcp.StorageReader):
 
     def __init__(self, shards: Mapping[Path, Iterable[Part]]) -> None:
         self._where: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
-        self._parts: dict[str, list[Part]] = {}
+        held: dict[str, list[Part]] = {}
         for file, parts in shards.items():
             for part in parts:
                 self._where[part.name, part.offset] = file, part.key
-                self._parts.setdefault(part.name, []).append(part)
-
-    def read_metadata(self) -> Metadata:
-        return Metadata(
+                held.setdefault(part.name, []).append(part)
+        self._metadata = Metadata(
             {
                 name: TensorStorageMetadata(
                     TensorProperties(parts[0].whole.dtype),
                     torch.Size(parts[0].whole.shape),
                     [ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)) for part in parts],
                 )
-                for name, parts in self._parts.items()
+                for name, parts in held.items()
             }
         )
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         items: dict[Path, list[tuple[str, ReadItem]]] = {}

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from moetrain.checkpoint import (
     FileEntry,
+    SavedTensors,
     TensorEntry,
     check_files,
-    contents,
     find_checkpoint,
-    load,
     read_manifest,
     write_checkpoint,
 )
@@ -65,7 +64,8 @@ def to_safetensors(
     refuse_existing(out)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
-    entries = {n: e for n, e in contents(checkpoint).items() if not (weights_only and n.startswith(_OPTIMIZER))}
+    saved = SavedTensors(checkpoint)
+    entries = {n: e for n, e in saved.entries.items() if not (weights_only and n.startswith(_OPTIMIZER))}
     written = {name: _cast(name, entry, dtype) for name, entry in entries.items()}
     parts = list(split_by_bytes({name: written[name].bytes for name in sorted(written)}, file_bytes))
     try:
@@ -73,7 +73,7 @@ def to_safetensors(
             files: dict[str, FileEntry] = {}
             for number, names in enumerate(parts, 1):
                 tensors = {name: torch.empty(entries[name].shape, dtype=entries[name].dtype) for name in names}
-                load(checkpoint, tensors, strict=False)
+                saved.load(tensors, strict=False)
                 for name in names:
                     tensors[name] = tensors[name].to(written[name].dtype)
                 file = aside / f"model-{number:05d}-of-{len(parts):05d}.safetensors"

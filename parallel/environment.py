@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 
@@ -19,6 +20,9 @@ import torch.distributed as dist
 import moetrain
 from moetrain.errors import ConfigError, UserError
 from moetrain.parallel.mesh import available_device, environment_world_size
+
+HEARD_SECONDS = 5.0
+"""For which rank 0 lets the others hear that it ends, and why."""
 
 
 def meet(settings: Mapping[str, object], device: str, timeout_minutes: float) -> dist.Store | None:
@@ -48,9 +52,17 @@ def meet(settings: Mapping[str, object], device: str, timeout_minutes: float) ->
     try:
         # Rank 0 may have begun to wait later than this one.
         store.wait(["environment/verdict"], 1.5 * timeout)
+        verdict = store.get("environment/verdict").decode()
     except dist.DistStoreError:
         raise UserError(f"rank 0 has not come to {where} within {timeout_minutes:g} minutes") from None
-    if verdict := store.get("environment/verdict").decode():
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank 0, or its launcher, has left {where} before the ranks have met: {reason}") from None
+    if verdict:
+        store.set(f"environment/heard/{rank}", "")
+        if rank == 0:  # with which the store may go
+            with suppress(dist.DistStoreError):
+                store.wait([f"environment/heard/{other}" for other in range(size)], timedelta(seconds=HEARD_SECONDS))
         raise ConfigError(verdict)
     return store
 

@@ -1,12 +1,14 @@
 """What the ranks find out about one another before they start."""
 
 import json
+import threading
 from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from moetrain.errors import ConfigError, UserError
 from moetrain.parallel import environment
 from moetrain.parallel.environment import meet, name_ranks
 
@@ -69,6 +71,49 @@ def test_every_rank_needs_a_gpu_and_nccl(monkeypatch):
 def test_one_process_has_nobody_to_meet(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert meet({}, "cuda", 1.0) is None
+
+
+class Joined(threading.Thread):
+    """A rank, in a thread, of two that differ; `ended` is its error."""
+
+    def __init__(self, monkeypatch, rank, store):
+        super().__init__()
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("MASTER_ADDR", "nowhere")
+        monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, rank, 2)]))
+        self.ended = None
+        self.start()
+
+    def run(self):
+        try:
+            meet({"optim.lr": 1}, "cpu", 0.1)
+        except Exception as error:
+            self.ended = error
+
+
+def test_rank_0_stays_until_the_others_have_heard_why_it_ends(monkeypatch):
+    """The store goes with it, and they would say that the connection was reset."""
+    store = HashStore()
+    store.set("environment/1", json.dumps({"problem": "no GPU for local rank 1", "facts": {}}))
+    rank = Joined(monkeypatch, 0, store)
+    rank.join(0.3)
+    assert rank.is_alive()
+    store.set("environment/heard/1", "")
+    rank.join(2)
+    assert isinstance(rank.ended, ConfigError)
+    assert "rank 1: no GPU" in str(rank.ended)
+
+
+def test_rank_0_that_has_left(monkeypatch):
+    class Gone(HashStore):
+        def wait(self, *_):
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    rank = Joined(monkeypatch, 1, Gone())
+    rank.join(2)
+    assert isinstance(rank.ended, UserError)
+    assert str(rank.ended).startswith("rank 0, or its launcher, has left nowhere:None before the ranks have met: Conn")
 
 
 @pytest.mark.parametrize(("ranks", "name"), [([3], "rank 3"), ([8, 0, 1, 2], "ranks 0–2, 8"), ([1, 3], "ranks 1, 3")])

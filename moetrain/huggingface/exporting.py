@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import Manifest, TensorEntry, contents, find_together, load, read_manifest
+from moetrain.checkpoint import Manifest, SavedTensors, TensorEntry, contents, find_together, read_manifest
 from moetrain.config import Config, from_dict
 from moetrain.convert import refuse_existing, split_by_bytes
 from moetrain.errors import HuggingFaceError
@@ -69,8 +69,9 @@ def export_model(
         mine = [file for file, writer in zip(plan.files, writers, strict=True) if writer == mesh.rank]
 
         def write() -> None:
+            saved = SavedTensors(checkpoint)
             for file in mine:
-                _write_file(aside, file, plan, checkpoint)
+                _write_file(aside, file, plan, saved)
 
         with watchdog.paused():
             on_all_ranks(write, mesh.host_group)
@@ -145,24 +146,21 @@ def _make_aside(out: Path) -> Path:
     return aside
 
 
-def _write_file(aside: Path, file: str, plan: _Plan, checkpoint: Path) -> None:
+def _write_file(aside: Path, file: str, plan: _Plan, saved: SavedTensors) -> None:
     slots: dict[str, Slot] = {}
     for name in plan.files[file]:
         slots |= plan.slots(name)
-    write_safetensors(aside / file, slots, _pieces(plan, file, checkpoint))
+    write_safetensors(aside / file, slots, _pieces(plan, file, saved))
 
 
-def _pieces(plan: _Plan, file: str, checkpoint: Path) -> Iterator[Tensor]:
-    # Small tensors are read together, as many as weigh no more than the largest: every reading reads the metadata too.
-    sizes = {name: plan.sources[name].bytes for name in plan.files[file]}
-    for names in split_by_bytes(sizes, max(sizes.values())):
-        entries = {name: plan.sources[name] for name in names}
-        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-        load(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()}, strict=False)
-        for name in names:
-            slots = list(plan.slots(name).values())
-            for piece, slot in zip(tensors.pop(name).flatten().chunk(len(slots)), slots, strict=True):
-                yield piece.view(slot.shape).to(slot.dtype)
+def _pieces(plan: _Plan, file: str, saved: SavedTensors) -> Iterator[Tensor]:
+    for name in plan.files[file]:
+        entry = plan.sources[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        saved.load({f"model.{name}": tensor}, strict=False)
+        slots = list(plan.slots(name).values())
+        for piece, slot in zip(tensor.flatten().chunk(len(slots)), slots, strict=True):
+            yield piece.view(slot.shape).to(slot.dtype)
 
 
 def _finish(aside: Path, out: Path, plan: _Plan) -> None:
