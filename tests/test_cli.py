@@ -80,6 +80,11 @@ def fail_with(monkeypatch, error):
         (["checkpoint", "info"], ["PATH", "examples:"]),
         (["checkpoint", "verify"], ["PATH", "exit code 1", "examples:"]),
         (["checkpoint", "convert"], ["--out", "--weights-only", "--dtype", "examples:"]),
+        (["hf"], ["import", "export", "upcycle", "examples:"]),
+        (["hf", "import"], ["DIR_OR_REPO", "qwen3_moe", "--out", "examples:"]),
+        (["hf", "export"], ["RUN_OR_CKPT", "--dtype", "--lossy", "--tokenizer", "--nproc", "examples:"]),
+        (["hf", "upcycle"], ["--experts", "--granularity", "--noise", "default", "examples:"]),
+        (["generate"], ["RUN_OR_CHECKPOINT", "--prompt", "--scheme", "--temperature", "default", "examples:"]),
         (["config"], ["CONFIG", "list", "examples:"]),
         (["plan"], ["--world-size", "default", "examples:"]),
     ],
@@ -158,6 +163,40 @@ def test_nproc_auto_is_one_process_a_gpu(calls, monkeypatch):
     assert main(["train", "tiny", "--nproc", "auto", "run.device=cpu"]) == 0
     assert [call[0] for call in calls] == ["torchrun", "train"]
     assert calls[0][-1] == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            ["hf", "export", "runs/x", "--out", "a b", "--dtype", "bf16", "--lossy", "--nproc", "3"],
+            ["hf", "export", "runs/x", "--out=a b", "--dtype=bf16", "--lossy"],
+        ),
+        (
+            [
+                "generate",
+                "runs/x",
+                "--prompt",
+                "-1 and",
+                "--prompt",
+                "b",
+                "--top-k",
+                "3",
+                "--nproc",
+                "3",
+                "data.path=y",
+            ],
+            [
+                *("generate", "runs/x", "data.path=y", "--max-tokens=128", "--temperature=1.0", "--top-k=3"),
+                *("--top-p=1.0", "--seed=0", "--scheme=ordinary", "--prompt=-1 and", "--prompt=b"),
+            ],
+        ),
+    ],
+)
+def test_other_commands_are_sent_to_the_launcher_too(command, expected, calls, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(command) == 0
+    assert calls == [("torchrun", expected, 3)]
 
 
 @pytest.mark.parametrize(
