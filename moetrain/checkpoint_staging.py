@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 
 import psutil
@@ -111,7 +112,7 @@ class Copy:
         """Fill blocks; what the stream does begins after `ready`."""
         event = None
         try:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):  # makes its device the current one
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
                 if stream is not None and ready is not None:
                     stream.wait_event(ready)
                 for filled in self._fill(stream):
@@ -160,9 +161,8 @@ class Stager:
         self._device = device
         self._limit_bytes = limit_bytes
         self._memory: HostMemory | None = None
-        cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint-copy")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = threads(1, "checkpoint-copy", device)
 
     def copy(self, groups: Sequence[Sequence[Tensor]]) -> list[Copy]:
         """Begin to copy the tensors as the current stream leaves them, one group after the other.
@@ -183,6 +183,11 @@ class Stager:
     def close(self) -> None:
         """Wait for what has begun, which needs its blocks to be taken."""
         self._thread.shutdown()
+
+
+def threads(count: int, name: str, device: torch.device) -> ThreadPoolExecutor:
+    """Threads for which this device is the current one; by itself it would be the first GPU, on every rank."""
+    return ThreadPoolExecutor(count, name, partial(torch.cuda.set_device, device) if device.type == "cuda" else None)
 
 
 def default_limit(size: int) -> int:

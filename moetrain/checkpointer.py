@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from moetrain.checkpoint import (
 )
 from moetrain.checkpoint_levels import LocalLevel, Uploads
 from moetrain.checkpoint_shards import FileEntry, Part, files_of, parts_of, write_shard
-from moetrain.checkpoint_staging import Copy, Stager
+from moetrain.checkpoint_staging import Copy, Stager, threads
 from moetrain.files import fsync_folder
 from moetrain.parallel import watchdog
 from moetrain.parallel.agreement import on_all_ranks, on_rank_0
@@ -81,8 +81,8 @@ class Checkpointer:
         self._stager = Stager(mesh.device, host_memory_bytes)
         self._copies: list[Copy] = []
         """What may not have been copied yet."""
-        self._writer = ThreadPoolExecutor(1, "checkpoint-write")
-        self._files = ThreadPoolExecutor(FILES_AT_ONCE, "checkpoint-file")
+        self._writer = threads(1, "checkpoint-write", mesh.device)
+        self._files = threads(FILES_AT_ONCE, "checkpoint-file", mesh.device)
         self._pending: list[Future[None]] = []
         """Saves that are not durable, and those that failed, oldest first."""
         self._stalls = Stalls(mesh.device)
